@@ -1,0 +1,113 @@
+"""C kernels without an extension module: plain C, compiled to a shared library, called through ctypes.
+
+The wheel's build hook compiles every ``<family>/<name>.c`` to ``<name>.so`` beside it. Where that library is missing and a C compiler is
+there, the first call compiles into the user's cache (half a second, once). Where neither is there, `load` gives None and the family uses
+its torch form. No torch headers are involved, so one library serves every torch version.
+
+This module imports neither torch nor its siblings: the build hook runs it in an empty environment.
+
+Environment: ``FOVEAL_NATIVE=0`` switches the C kernels off; ``FOVEAL_CACHE`` moves the cache; ``CC`` names the compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+
+#: Infinities are meaningful in masks, so -ffast-math is taken without its finite-math part.
+FLAGS = ("-O3", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-shared", "-std=gnu11")
+OPENMP = ("-fopenmp",)
+
+
+class CompileError(RuntimeError):
+    """The compiler refused a C kernel; the message is the compiler's first line."""
+
+
+def compiler() -> str | None:
+    """Path of the C compiler (``$CC``, cc, gcc or clang), or None."""
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
+
+
+def compile_library(source: Path, target: Path) -> Path:
+    """Compile `source` into the shared library `target` (written beside it, then renamed), with OpenMP where the compiler has it.
+
+    Raises:
+        CompileError: no compiler, or it refused the source.
+    """
+    cc = compiler()
+    if cc is None:
+        raise CompileError("no C compiler found (looked for $CC, cc, gcc, clang)")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(suffix=SUFFIX, dir=target.parent)
+    os.close(handle)
+    error = ""
+    try:
+        for extra in (OPENMP, ()):
+            done = subprocess.run([cc, *FLAGS, *extra, str(source), "-o", name, "-lm"], capture_output=True, text=True)
+            if done.returncode == 0:
+                os.chmod(name, 0o755)
+                os.replace(name, target)
+                return target
+            error = done.stderr.strip().splitlines()[0] if done.stderr.strip() else f"exit code {done.returncode}"
+        raise CompileError(error)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """Where libraries compiled at run time are kept."""
+    return Path(os.environ.get("FOVEAL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foveal") / "native"
+
+
+def _is_current(library: Path, source: Path) -> bool:
+    return library.exists() and (not source.exists() or library.stat().st_mtime >= source.stat().st_mtime)
+
+
+@functools.cache
+def load(source: str) -> ctypes.CDLL | None:
+    """The library of the C file `source` (absolute path), or None where it is switched off, missing and cannot be compiled.
+
+    A library older than its source is not used: an editable checkout recompiles into the cache instead.
+    """
+    if os.environ.get("FOVEAL_NATIVE", "1") == "0":
+        return None
+    path = Path(source)
+    shipped = path.with_suffix(SUFFIX)
+    if _is_current(shipped, path):
+        try:
+            return ctypes.CDLL(str(shipped))
+        except OSError:
+            pass  # built for another machine: compile for this one
+    if not path.exists():
+        return None
+    digest = hashlib.sha256(path.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
+    library = cache_folder() / f"{path.stem}-{digest}{SUFFIX}"
+    try:
+        if not library.exists():
+            compile_library(path, library)
+        return ctypes.CDLL(str(library))
+    except (CompileError, OSError):
+        return None
+
+
+def explain(source: str) -> str:
+    """One line for `doctor`: which library serves the C file, or why none does."""
+    path = Path(source)
+    if os.environ.get("FOVEAL_NATIVE", "1") == "0":
+        return "switched off by FOVEAL_NATIVE=0"
+    library = load(source)
+    if library is not None:
+        return f"compiled C ({'shipped' if Path(library._name) == path.with_suffix(SUFFIX) else 'compiled on this machine'})"
+    return "torch form (no C compiler found)" if compiler() is None else "torch form (the C source did not compile)"
