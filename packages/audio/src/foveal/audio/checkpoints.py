@@ -1,0 +1,102 @@
+"""The authors' published checkpoints and ours: a table of keys, both ways.
+
+One rule serves every entry: a tensor of ours holds the values of one or several official tensors, one after the other. So twelve query, key
+and value convolutions become one matrix, and forty band layers one batch of layers, without a special case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from foveal.audio.models.tiger import CINEMATIC_BANDS, SPEECH_BANDS, TIGER, TIGERCinematic, TIGERConfig
+
+# The authors' keyword names (left), so that whoever has their yaml or config.json can pass it.
+_TIGER_KEYWORDS = {
+    "out_channels": "channels",
+    "in_channels": "hidden_channels",
+    "num_blocks": "blocks",
+    "upsampling_depth": "scales",
+    "att_n_head": "heads",
+    "att_hid_chan": "head_channels",
+    "win": "window",
+    "stride": "hop",
+    "num_sources": "sources",
+    "sample_rate": "sample_rate",
+}
+_TIGER_UNUSED = {"att_kernel_size", "att_stride"}  # accepted by the authors' constructor, used nowhere
+
+#: key of ours -> the official entries whose values it holds, in order: (official key, official shape)
+Table = dict[str, list[tuple[str, tuple[int, ...]]]]
+
+
+def _tiger_table(config: TIGERConfig) -> Table:
+    """Where every parameter of `TIGER` stands in the authors' state dict."""
+    table: Table = {}
+
+    def entry(ours: str, *official: tuple[str, tuple[int, ...]]) -> None:
+        table[ours] = list(official)
+
+    channels, hidden, sources = config.channels, config.hidden_channels, config.sources
+    first = 0
+    for group, (bands, width) in enumerate(config.band_groups):
+        indices = range(first, first + bands)
+        entry(f"band_split.{group}.norm_weight", *((f"BN.{i}.0.weight", (2 * width,)) for i in indices))
+        entry(f"band_split.{group}.norm_bias", *((f"BN.{i}.0.bias", (2 * width,)) for i in indices))
+        entry(f"band_split.{group}.weight", *((f"BN.{i}.1.weight", (channels, 2 * width, 1)) for i in indices))
+        entry(f"band_split.{group}.bias", *((f"BN.{i}.1.bias", (channels,)) for i in indices))
+        outputs = 4 * sources * width
+        entry(f"mask.{group}.slope", *((f"mask.{i}.0.weight", (1,)) for i in indices))
+        entry(f"mask.{group}.weight", *((f"mask.{i}.1.weight", (outputs, channels // sources, 1)) for i in indices))
+        entry(f"mask.{group}.bias", *((f"mask.{i}.1.bias", (outputs,)) for i in indices))
+        first += bands
+
+    entry("separator.blend_weight", ("separator.concat_block.0.weight", (channels, 1, 1, 1)))
+    entry("separator.blend_bias", ("separator.concat_block.0.bias", (channels,)))
+    entry("separator.blend_slope", ("separator.concat_block.1.weight", (1,)))
+
+    for path, official_path in (("frequency", "freq_path"), ("frame", "frame_path")):
+        msa, official = f"separator.{path}.msa", f"separator.{official_path}.0"
+
+        def norm(ours: str, theirs: str, size: int) -> None:
+            entry(f"{ours}.weight", (f"{theirs}.weight", (size,)))
+            entry(f"{ours}.bias", (f"{theirs}.bias", (size,)))
+
+        entry(f"{msa}.expand.weight", (f"{official}.proj_1x1.conv.weight", (hidden, channels, 1)))
+        entry(f"{msa}.expand.bias", (f"{official}.proj_1x1.conv.bias", (hidden,)))
+        norm(f"{msa}.expand_norm", f"{official}.proj_1x1.norm", hidden)
+        entry(f"{msa}.expand_slope", (f"{official}.proj_1x1.act.weight", (1,)))
+        for scale in range(config.scales):
+            entry(f"{msa}.downsample.{scale}.weight", (f"{official}.spp_dw.{scale}.conv.weight", (hidden, 1, 5)))
+            entry(f"{msa}.downsample.{scale}.bias", (f"{official}.spp_dw.{scale}.conv.bias", (hidden,)))
+            norm(f"{msa}.downsample.{scale}.norm", f"{official}.spp_dw.{scale}.norm", hidden)
+        for layer in ("expand", "project"):
+            theirs = f"{official}.globalatt.{'fc1' if layer == 'expand' else 'fc2'}"
+            entry(f"{msa}.context.{layer}.weight", (f"{theirs}.conv.weight", (hidden, hidden, 1)))
+            norm(f"{msa}.context.{layer}_norm", f"{theirs}.norm", hidden)
+        entry(f"{msa}.context.depthwise.weight", (f"{official}.globalatt.dwconv.weight", (hidden, 1, 5)))
+        entry(f"{msa}.context.depthwise.bias", (f"{official}.globalatt.dwconv.bias", (hidden,)))
+        for ours, theirs, count, size in (("inject", "loc_glo_fus", config.scales, 1), ("merge", "last_layer", config.scales - 1, 5)):
+            for index in range(count):
+                for part, their_part in (("local", "local_embedding"), ("gate", "global_act"), ("shift", "global_embedding")):
+                    entry(f"{msa}.{ours}.{index}.{part}.weight", (f"{official}.{theirs}.{index}.{their_part}.conv.weight", (hidden, 1, size)))
+                    norm(f"{msa}.{ours}.{index}.{part}.norm", f"{official}.{theirs}.{index}.{their_part}.norm", hidden)
+        entry(f"{msa}.project.weight", (f"{official}.res_conv.weight", (channels, hidden, 1)))
+        entry(f"{msa}.project.bias", (f"{official}.res_conv.bias", (channels,)))
+
+        attention, official = f"separator.{path}.attention", f"separator.{official_path}.1"
+        heads = [(f"{official}.{part}.{head}", size) for part, size in (("Queries", config.head_channels), ("Keys", config.head_channels))
+                 for head in range(config.heads)]
+        heads += [(f"{official}.Values.{head}", channels // config.heads) for head in range(config.heads)]
+        for ours, parts in ((f"{attention}.qkv", heads), (f"{attention}.project", [(f"{official}.attn_concat_proj", channels)])):
+            entry(f"{ours}.weight", *((f"{part}.conv.weight", (size, channels, 1, 1)) for part, size in parts))
+            entry(f"{ours}.bias", *((f"{part}.conv.bias", (size,)) for part, size in parts))
+            entry(f"{ours}_norm.slope", *((f"{part}.act.weight", (1,)) for part, _ in parts))
+            entry(f"{ours}_norm.weight", *((f"{part}.norm.gamma", (1, size, 1, 1)) for part, size in parts))
+            entry(f"{ours}_norm.bias", *((f"{part}.norm.beta", (1, size, 1, 1)) for part, size in parts))
+        entry(f"separator.{path}.norm.weight", (f"separator.{official_path}.2.gamma", (1, channels, 1, 1)))
+        entry(f"separator.{path}.norm.bias", (f"separator.{official_path}.2.beta", (1, channels, 1, 1)))
+    return table

@@ -1,0 +1,451 @@
+"""TIGER: time-frequency interleaved gain extraction and reconstruction, for speech separation.
+
+Paper: Xu, Li, Chen, Hu, "TIGER: Time-frequency Interleaved Gain Extraction and Reconstruction for Efficient Speech Separation", ICLR 2025.
+821,932 parameters (speech, two sources); the block is shared over 4 (small) or 8 (large) passes. Estimates add up to the mixture.
+
+What differs from the authors' code is layout, not numbers: features are channels-last, (batch, frames, bands, channels), so that every 1x1
+convolution is a matrix product, the channel norm a LayerNorm and each sequence one contiguous piece; the twelve query, key and value
+convolutions are one product; bands of equal width are split and masked together. Names in brackets are the paper's.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Complex, Float
+from torch import Tensor, nn
+
+#: Band plan of the speech model at 16 kHz: (number of bands, width in Hz), low to high; what is left above is one more band.
+SPEECH_BANDS = ((40, 25.0), (10, 100.0), (8, 250.0), (8, 500.0))
+#: Band plan of the cinematic model (dialogue, effects, music) at 44.1 kHz.
+CINEMATIC_BANDS = ((20, 50.0), (10, 100.0), (8, 250.0), (8, 500.0), (8, 1000.0), (2, 2000.0))
+
+_SEQUENCE_EPS = 1e-8  # of the norms over a whole sequence (gLN)
+_BAND_EPS = torch.finfo(torch.float32).eps  # of the norm in front of the band split, in every dtype
+
+
+@dataclass(frozen=True)
+class TIGERConfig:
+    """Sizes of a TIGER; the defaults are the paper's large speech model."""
+
+    sample_rate: int = 16_000  # Hz
+    window: int = 640  # samples: 40 ms, periodic Hann
+    hop: int = 160  # samples: 10 ms
+    bands: tuple[tuple[int, float], ...] = SPEECH_BANDS
+    channels: int = 128  # of the features between blocks
+    hidden_channels: int = 256  # inside the multi-scale block
+    blocks: int = 8  # passes through the one shared block: 4 in the small model
+    scales: int = 5  # of the multi-scale block, each half as long as the one before
+    heads: int = 4
+    head_channels: int = 4  # of queries and keys; values have channels / heads
+    sources: int = 2
+    dropout: float = 0.1  # in the global branch of the multi-scale block
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bands", tuple((int(count), float(hertz)) for count, hertz in self.bands))  # lists come from YAML and JSON
+        for divisor in ("heads", "sources"):
+            if self.channels % getattr(self, divisor):
+                raise ValueError(f"channels must be a multiple of {divisor}; got {self.channels} and {getattr(self, divisor)}")
+        if min(self.band_widths) < 1:
+            raise ValueError(
+                f"every band needs at least one bin of {self.sample_rate / self.window:g} Hz; bands {self.bands} give widths "
+                f"{sorted(set(self.band_widths))}: widen the bands or lengthen the window"
+            )
+
+    @property
+    def bins(self) -> int:
+        """Bins of the one-sided spectrum."""
+        return self.window // 2 + 1
+
+    @property
+    def band_widths(self) -> tuple[int, ...]:
+        """Bins of every band, low to high; they add up to `bins`."""
+        widths = [int(hertz / (self.sample_rate / 2) * self.bins) for count, hertz in self.bands for _ in range(count)]
+        return (*widths, self.bins - sum(widths))
+
+    @property
+    def band_groups(self) -> tuple[tuple[int, int], ...]:
+        """Runs of neighbouring bands of equal width: (number of bands, bins in each)."""
+        groups: list[list[int]] = []
+        for width in self.band_widths:
+            if groups and groups[-1][1] == width:
+                groups[-1][0] += 1
+            else:
+                groups.append([1, width])
+        return tuple((count, width) for count, width in groups)
+
+
+@functools.lru_cache(maxsize=256)
+def _nearest_index(source: int, target: int, device: torch.device) -> Tensor:
+    """Positions that nearest-neighbour interpolation from `source` to `target` entries reads, rounding included."""
+    positions = torch.arange(source, dtype=torch.float32)[None, None]
+    return F.interpolate(positions, size=target, mode="nearest")[0, 0].long().to(device)
+
+
+@functools.lru_cache(maxsize=256)
+def _pooling_matrix(source: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(target, source) matrix of adaptive average pooling."""
+    return F.adaptive_avg_pool1d(torch.eye(source, dtype=dtype, device=device)[None], target)[0].T.contiguous()
+
+
+def _sequence_norm(x: Float[Tensor, "sequence length channels"], weight: Float[Tensor, " channels"], bias: Float[Tensor, " channels"]) -> Tensor:
+    """Normalise each sequence over its length and channels together, then scale and shift each channel (gLN)."""
+    shape = x.shape[-2:]
+    return F.layer_norm(x, shape, weight.expand(shape), bias.expand(shape), _SEQUENCE_EPS)
+
+
+class SequenceNorm(nn.Module):
+    """Global layer norm: statistics over length and channels of one sequence, one scale and shift a channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Float[Tensor, "sequence length channels"]) -> Float[Tensor, "sequence length channels"]:
+        """Normalised `x`."""
+        return _sequence_norm(x, self.weight, self.bias)
+
+
+class DepthwiseNorm(nn.Module):
+    """Depthwise convolution along the sequence, then `SequenceNorm`."""
+
+    def __init__(self, channels: int, kernel_size: int, stride: int = 1, bias: bool = False, norm: bool = True) -> None:
+        super().__init__()
+        self.kernel_size, self.stride = kernel_size, stride
+        convolution = nn.Conv1d(channels, channels, kernel_size, groups=channels, bias=bias)
+        self.weight, self.bias = convolution.weight, convolution.bias
+        self.norm = SequenceNorm(channels) if norm else None
+
+    def forward(self, x: Float[Tensor, "sequence length channels"]) -> Float[Tensor, "sequence shorter channels"]:
+        """Convolved and normalised `x`."""
+        if self.kernel_size == 1 and self.stride == 1:
+            x = x * self.weight[:, 0, 0] if self.bias is None else torch.addcmul(self.bias, x, self.weight[:, 0, 0])
+        else:
+            image = x[:, None].permute(0, 3, 1, 2)  # a channels-last image of height one: no copy on the way in or out
+            image = F.conv2d(image, self.weight[:, :, None], self.bias, (1, self.stride), (0, self.kernel_size // 2), groups=x.shape[-1])
+            x = image.permute(0, 2, 3, 1)[:, 0]
+        return x if self.norm is None else self.norm(x)
+
+
+class Injection(nn.Module):
+    """Local features gated and shifted by features of another resolution, which nearest-neighbour interpolation brings to their length."""
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.local = DepthwiseNorm(channels, kernel_size)
+        self.gate = DepthwiseNorm(channels, kernel_size)
+        self.shift = DepthwiseNorm(channels, kernel_size)
+
+    def forward(
+        self, local: Float[Tensor, "sequence length channels"], other: Float[Tensor, "sequence other channels"]
+    ) -> Float[Tensor, "sequence length channels"]:
+        """local * sigmoid(gate(other)) + shift(other), at the length of `local`."""
+        gate, shift = torch.sigmoid(self.gate(other)), self.shift(other)
+        if other.shape[1] != local.shape[1]:
+            index = _nearest_index(other.shape[1], local.shape[1], local.device)
+            gate, shift = gate.index_select(1, index), shift.index_select(1, index)
+        return torch.addcmul(shift, self.local(local), gate)
+
+
+class GlobalContext(nn.Module):
+    """Two pointwise layers around a depthwise convolution, on the shortest scale."""
+
+    def __init__(self, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.expand = nn.Linear(channels, channels, bias=False)
+        self.expand_norm = SequenceNorm(channels)
+        self.depthwise = DepthwiseNorm(channels, 5, bias=True, norm=False)
+        self.project = nn.Linear(channels, channels, bias=False)
+        self.project_norm = SequenceNorm(channels)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Float[Tensor, "sequence length channels"]) -> Float[Tensor, "sequence length channels"]:
+        """Context of the whole sequence, at the same length."""
+        x = self.dropout(F.relu(self.depthwise(self.expand_norm(self.expand(x)))))
+        return self.dropout(self.project_norm(self.project(x)))
+
+
+class MultiScaleSelectiveAttention(nn.Module):
+    """Downsample a sequence to several lengths, mix them through a global context, and fuse from coarse to fine (MSA, section 3.3).
+
+    The coarsest scale is fused with the context and then not used, and the first of the coarse-to-fine steps reads a finer scale: both as in
+    the authors' code, whose weights need it.
+    """
+
+    def __init__(self, channels: int, hidden_channels: int, scales: int, dropout: float) -> None:
+        super().__init__()
+        self.expand = nn.Linear(channels, hidden_channels)
+        self.expand_norm = SequenceNorm(hidden_channels)
+        self.expand_slope = nn.Parameter(torch.full((1,), 0.25))
+        self.downsample = nn.ModuleList(DepthwiseNorm(hidden_channels, 5, stride=1 if scale == 0 else 2, bias=True) for scale in range(scales))
+        self.context = GlobalContext(hidden_channels, dropout)
+        self.inject = nn.ModuleList(Injection(hidden_channels, 1) for _ in range(scales))
+        self.merge = nn.ModuleList(Injection(hidden_channels, 5) for _ in range(scales - 1))
+        self.project = nn.Linear(hidden_channels, channels)
+
+    def forward(self, x: Float[Tensor, "sequence length channels"]) -> Float[Tensor, "sequence length channels"]:
+        """x plus what was seen at all scales."""
+        scale = F.prelu(self.expand_norm(self.expand(x)), self.expand_slope)
+        scales = []
+        for downsample in self.downsample:
+            scale = downsample(scale)
+            scales.append(scale)
+        shortest = scales[-1].shape[1]
+        pooled = scales[-1]
+        for scale in scales[:-1]:
+            pooled = pooled + torch.matmul(_pooling_matrix(scale.shape[1], shortest, scale.dtype, scale.device), scale)
+        context = self.context(pooled)
+
+        fused = [inject(scale, context) for inject, scale in zip(self.inject[:-1], scales[:-1], strict=True)]
+        merged = fused[max(len(fused) - 2, -1)]
+        for merge, finer in zip(reversed(self.merge), reversed(fused), strict=True):
+            merged = merge(finer, merged)
+        return x + self.project(merged)
+
+
+class ChannelNorm(nn.Module):
+    """Slope of a PReLU and a LayerNorm over groups of channels at every position, after a pointwise convolution.
+
+    `groups` are the channel counts normalised together: (heads * 2) of queries and keys, then `heads` of values.
+    """
+
+    def __init__(self, groups: tuple[int, ...]) -> None:
+        super().__init__()
+        self.groups = groups
+        self.slope = nn.Parameter(torch.full((len(groups),), 0.25))
+        self.weight = nn.Parameter(torch.ones(sum(groups)))
+        self.bias = nn.Parameter(torch.zeros(sum(groups)))
+
+    def forward(self, x: Float[Tensor, "*position channels"]) -> Float[Tensor, "*position channels"]:
+        """PReLU and norm of each group, scaled and shifted a channel."""
+        if len(self.groups) == 1:
+            return F.layer_norm(F.prelu(x, self.slope), (x.shape[-1],), self.weight, self.bias)
+        counts = torch.tensor(self.groups, device=x.device)
+        slope = self.slope.repeat_interleave(counts, output_size=x.shape[-1])
+        x = torch.where(x > 0, x, x * slope)
+        pieces, start = [], 0
+        while start < len(self.groups):  # equal neighbours are normalised in one call
+            size, stop = self.groups[start], start
+            while stop < len(self.groups) and self.groups[stop] == size:
+                stop += 1
+            offset, width = sum(self.groups[:start]), size * (stop - start)
+            piece = x.narrow(-1, offset, width).unflatten(-1, (stop - start, size))
+            pieces.append(F.layer_norm(piece, (size,)).flatten(-2))
+            start = stop
+        return torch.addcmul(self.bias, torch.cat(pieces, -1), self.weight)
+
+
+class FullFrequencyFrameAttention(nn.Module):
+    """Attention along one axis whose vectors hold all positions of the other axis (F3A, section 3.3)."""
+
+    def __init__(self, channels: int, heads: int, head_channels: int) -> None:
+        super().__init__()
+        self.heads, self.head_channels, self.value_channels = heads, head_channels, channels // heads
+        groups = (head_channels,) * (2 * heads) + (self.value_channels,) * heads
+        self.qkv = nn.Linear(channels, sum(groups))
+        self.qkv_norm = ChannelNorm(groups)
+        self.project = nn.Linear(channels, channels)
+        self.project_norm = ChannelNorm((channels,))
+
+    def forward(self, x: Float[Tensor, "batch other axis channels"]) -> Float[Tensor, "batch other axis channels"]:
+        """x plus attention along `axis`."""
+        batch, other, axis, _ = x.shape
+        sizes = [self.heads * self.head_channels] * 2 + [self.heads * self.value_channels]
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).permute(0, 3, 2, 1, 4).reshape(batch * self.heads, axis, -1)
+            for part in self.qkv_norm(self.qkv(x)).split(sizes, dim=-1)
+        )
+        # Query and value widths grow with the other axis (1,604 and 12,832 at 4 s): two matrix products, not a flash kernel's case.
+        scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
+        mixed = torch.bmm(torch.softmax(scores, dim=-1), v)
+        mixed = mixed.view(batch, self.heads, axis, other, self.value_channels).permute(0, 3, 2, 1, 4).flatten(-2)
+        return x + self.project_norm(self.project(mixed))
+
+
+class Path(nn.Module):
+    """MSA, F3A and a channel norm along one axis, with a residual around the three."""
+
+    def __init__(self, config: TIGERConfig) -> None:
+        super().__init__()
+        self.msa = MultiScaleSelectiveAttention(config.channels, config.hidden_channels, config.scales, config.dropout)
+        self.attention = FullFrequencyFrameAttention(config.channels, config.heads, config.head_channels)
+        self.norm = nn.LayerNorm(config.channels)
+
+    def forward(self, x: Float[Tensor, "batch other axis channels"]) -> Float[Tensor, "batch other axis channels"]:
+        """x plus the path along `axis`, every position of `other` a sequence of its own in the MSA."""
+        return x + self.norm(self.attention(self.msa(x.flatten(0, 1)).view_as(x)))
+
+
+class FrequencyFrameInterleaved(nn.Module):
+    """Bands, then frames, several times with the same weights; every pass after the first sees the mixture's features again (FFI)."""
+
+    def __init__(self, config: TIGERConfig) -> None:
+        super().__init__()
+        self.blocks = config.blocks
+        self.frequency = Path(config)
+        self.frame = Path(config)
+        blend = nn.Conv2d(config.channels, config.channels, 1, groups=config.channels)
+        self.blend_weight = nn.Parameter(blend.weight.detach().flatten())
+        self.blend_bias = nn.Parameter(blend.bias.detach())  # type: ignore[union-attr]
+        self.blend_slope = nn.Parameter(torch.full((1,), 0.25))
+
+    def forward(self, mixture: Float[Tensor, "batch frames bands channels"]) -> Float[Tensor, "batch frames bands channels"]:
+        """Separated features."""
+        x = mixture
+        for index in range(self.blocks):
+            if index > 0:
+                x = F.prelu(torch.addcmul(self.blend_bias, mixture + x, self.blend_weight), self.blend_slope)
+            x = self.frequency(x)
+            x = self.frame(x.transpose(1, 2).contiguous()).transpose(1, 2).contiguous()
+        return x
+
+
+class BandGroup(nn.Module):
+    """Band split of neighbouring bands of equal width: norm over a band's bins and all frames, then one linear layer a band."""
+
+    def __init__(self, bands: int, width: int, channels: int) -> None:
+        super().__init__()
+        self.norm_weight = nn.Parameter(torch.ones(bands, 2 * width))
+        self.norm_bias = nn.Parameter(torch.zeros(bands, 2 * width))
+        layers = [nn.Conv1d(2 * width, channels, 1) for _ in range(bands)]
+        self.weight = nn.Parameter(torch.stack([layer.weight.detach()[..., 0] for layer in layers]))
+        self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers]))  # type: ignore[union-attr]
+
+    def forward(self, x: Float[Tensor, "batch bands parts frames"]) -> Float[Tensor, "batch frames bands channels"]:
+        """Features of each band; `parts` are the real parts of its bins, then the imaginary parts."""
+        x = F.layer_norm(x, x.shape[2:], eps=_BAND_EPS)
+        # the norm's scale and shift go into the layer that follows: one pass over the data less
+        weight = self.weight * self.norm_weight[:, None]
+        bias = self.bias + (self.weight * self.norm_bias[:, None]).sum(-1)
+        return torch.einsum("bnpt,ncp->btnc", x, weight) + bias
+
+
+class MaskGroup(nn.Module):
+    """Masks of neighbouring bands of equal width.
+
+    The convolution has one group a source, but its outputs are ordered value/gate, real/imaginary, source, bin: a group of inputs does not
+    belong to a source. So it is in the authors' code, and so it stays.
+    """
+
+    def __init__(self, bands: int, width: int, channels: int, sources: int) -> None:
+        super().__init__()
+        self.sources, self.width = sources, width
+        self.slope = nn.Parameter(torch.full((bands,), 0.25))
+        layers = [nn.Conv1d(channels, 4 * sources * width, 1, groups=sources) for _ in range(bands)]
+        self.weight = nn.Parameter(torch.stack([layer.weight.detach()[..., 0] for layer in layers]))
+        self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers]))  # type: ignore[union-attr]
+
+    def forward(self, x: Float[Tensor, "batch frames bands channels"]) -> Float[Tensor, "batch frames bands 2 sources width"]:
+        """Real and imaginary masks; real parts add up to one over the sources, imaginary parts to zero."""
+        bands = x.shape[2]
+        x = torch.where(x > 0, x, x * self.slope[:, None])
+        weight = self.weight.unflatten(1, (self.sources, -1))
+        out = torch.einsum("btngc,ngoc->btngo", x.unflatten(-1, (self.sources, -1)), weight).flatten(-2) + self.bias
+        value, gate = out.view(*x.shape[:2], bands, 2, 2, self.sources, self.width).unbind(3)
+        mask = value * torch.sigmoid(gate)
+        total = mask.sum(4, keepdim=True)
+        share = total.new_tensor([1.0, 0.0]).view(2, 1, 1)
+        return mask - (total - share) / self.sources
+
+
+class TIGER(nn.Module):
+    """Separates the sources of a single-channel mixture by complex masks, one a source, that add up to one.
+
+    The result is not causal and depends on the whole input: norms and attention see every frame.
+    """
+
+    def __init__(self, config: TIGERConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or TIGERConfig()
+        self.band_split = nn.ModuleList(BandGroup(bands, width, config.channels) for bands, width in config.band_groups)
+        self.separator = FrequencyFrameInterleaved(config)
+        self.mask = nn.ModuleList(MaskGroup(bands, width, config.channels, config.sources) for bands, width in config.band_groups)
+        self.register_buffer("analysis_window", torch.hann_window(config.window), persistent=False)
+
+    @property
+    def shortest(self) -> int:
+        """Samples that a mixture needs at least: reflection at the ends reads half a window."""
+        return self.config.window // 2 + 1
+
+    def spectrum(self, signal: Float[Tensor, "batch samples"]) -> Complex[Tensor, "batch bins frames"]:
+        """Short-time spectrum, frames centred every `hop` samples."""
+        window = self._window(signal)
+        return torch.stft(signal, self.config.window, self.config.hop, window=window, return_complex=True)
+
+    def _window(self, like: Tensor) -> Tensor:
+        # made in the precision of the data: a float64 model needs a float64 window, not a float32 one converted
+        window: Tensor = self.analysis_window  # type: ignore[assignment]
+        return window if window.dtype == like.dtype else torch.hann_window(self.config.window, dtype=like.dtype, device=like.device)
+
+    def masks_of_spectrum(self, spectrum: Complex[Tensor, "batch bins frames"]) -> Complex[Tensor, "batch sources bins frames"]:
+        """Complex masks from the mixture's spectrum."""
+        parts = torch.stack([spectrum.real, spectrum.imag], dim=1)
+        features, start = [], 0
+        for group, (bands, width) in zip(self.band_split, self.config.band_groups, strict=True):
+            piece = parts[:, :, start : start + bands * width].unflatten(2, (bands, width))
+            features.append(group(piece.transpose(1, 2).flatten(2, 3)))
+            start += bands * width
+        separated = self.separator(torch.cat(features, dim=2))
+
+        masks, start = [], 0
+        for head, (bands, _) in zip(self.mask, self.config.band_groups, strict=True):
+            mask = head(separated[:, :, start : start + bands])
+            masks.append(mask.permute(0, 4, 2, 5, 1, 3).flatten(2, 3))
+            start += bands
+        return torch.view_as_complex(torch.cat(masks, dim=2).float() if masks[0].dtype == torch.bfloat16 else torch.cat(masks, dim=2))
+
+    def masks(self, mixture: Float[Tensor, "batch samples"]) -> Complex[Tensor, "batch sources bins frames"]:
+        """Complex masks of every source for the mixture's spectrum."""
+        return self.masks_of_spectrum(self.spectrum(mixture))
+
+    def apply_masks(
+        self, signal: Float[Tensor, "batch samples"], masks: Complex[Tensor, "batch sources bins frames"]
+    ) -> Float[Tensor, "batch sources samples"]:
+        """Sources of `signal` under `masks`, for instance another channel of the mixture that the masks were made from."""
+        return self._masked(self.spectrum(signal), masks, signal.shape[-1])
+
+    def _masked(self, spectrum: Tensor, masks: Tensor, samples: int) -> Tensor:
+        masked = spectrum[:, None] * masks
+        window = self._window(masked.real)
+        signal = torch.istft(masked.flatten(0, 1), self.config.window, self.config.hop, window=window, length=samples)
+        return signal.view(*masks.shape[:2], samples)
+
+    def forward(self, mixture: Float[Tensor, "... samples"]) -> Float[Tensor, "rows sources samples"]:
+        """Separate mixtures.
+
+        Args:
+            mixture: (samples,), (batch, samples) or (batch, channels, samples) at `config.sample_rate`; channels are separated one by one.
+
+        Returns:
+            (batch * channels, sources, samples), same scale as the mixture.
+
+        Raises:
+            ValueError: fewer samples than `shortest`, or more than three dimensions.
+        """
+        if mixture.ndim not in (1, 2, 3) or mixture.shape[-1] < self.shortest:
+            raise ValueError(
+                f"mixture must be (samples,), (batch, samples) or (batch, channels, samples) with at least {self.shortest} samples; "
+                f"got {tuple(mixture.shape)}"
+            )
+        rows = mixture.reshape(-1, mixture.shape[-1])
+        spectrum = self.spectrum(rows)
+        return self._masked(spectrum, self.masks_of_spectrum(spectrum), rows.shape[-1])
+
+
+class TIGERCinematic(nn.Module):
+    """Three TIGERs with three sources each for film sound (the paper's DnR model): of each, the track it was trained for is kept."""
+
+    TRACKS = ("music", "effect", "dialog")  # order of the sources inside each branch
+
+    def __init__(self, config: TIGERConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.branches = nn.ModuleDict({track: TIGER(config) for track in self.TRACKS})
+
+    def forward(self, mixture: Float[Tensor, "... samples"]) -> Float[Tensor, "rows 3 samples"]:
+        """(batch * channels, 3, samples): music, effects and dialogue of a mixture at 44.1 kHz, shapes as in `TIGER.forward`."""
+        return torch.stack([branch(mixture)[:, index] for index, branch in enumerate(self.branches.values())], dim=1)
