@@ -93,6 +93,7 @@ class Wandb(WandbLogger):
         self._failed: str | None = None
         os.environ.setdefault("WANDB_SILENT", "true")
         super().__init__(name=name, save_dir=save_dir or ".", offline=offline, project=project or "foveal", entity=entity, tags=tags, id=run_id)
+        del self._wandb_init["anonymous"]  # wandb warns of it, even of None
 
     @property
     @pl.loggers.logger.rank_zero_experiment
@@ -123,7 +124,7 @@ class Wandb(WandbLogger):
     def finalize(self, status: str) -> None:
         self._try(super().finalize, status)
         if self._experiment is not None and self._failed is None:
-            self._try(self._experiment.finish, 0 if status == "success" else 1, True)
+            self._try(self._experiment.finish, 0 if status == "success" else 1)
 
     def _try(self, call: Any, *args: Any) -> None:
         if self._failed is None:
