@@ -40,7 +40,7 @@ class SeparationTask(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """Negative SNR in dB under the best order of the sources."""
-        mixture, sources = batch
+        mixture, sources, *_ = batch
         loss, _ = pit_loss(self(mixture), sources, pairwise=pairwise_snr)
         self.log("train/loss", loss, prog_bar=True)
         return loss
@@ -58,7 +58,7 @@ class SeparationTask(pl.LightningModule):
         self.log("test/si_sdri", improvement.mean(), batch_size=len(improvement), on_epoch=True)
 
     def _si_sdr(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        mixture, sources = batch
+        mixture, sources, *_ = batch
         best, _ = pit(pairwise_si_sdr(self(mixture), sources))
         baseline = pairwise_si_sdr(mixture[:, None], sources)[:, 0].mean(-1)
         return best, best - baseline
