@@ -50,6 +50,8 @@ class ResumePoint(Checkpoint):
         if self._pending is not None:
             _restore_metrics(pl_module, self._pending["metrics"])
             _set_generators(self._pending["generators"][trainer.global_rank])
+            # Lightning 2.6 counts the whole first epoch as restarting, and would skip the ReduceLROnPlateau step at its end.
+            trainer.fit_loop._restarting = False
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._pending is not None:
