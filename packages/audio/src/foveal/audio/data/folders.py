@@ -88,9 +88,7 @@ class MixtureFolders(pl.LightningDataModule):
     #: folder names of the training, validation and test parts
     parts: tuple[str, str, str]
 
-    def __init__(
-        self, root: str, seconds: float = 3.0, batch_size: int = 1, sample_rate: int = 16_000, workers: int = 4, seed: int = 0
-    ) -> None:
+    def __init__(self, root: str, seconds: float = 3.0, batch_size: int = 1, sample_rate: int = 16_000, workers: int = 4, seed: int = 0) -> None:
         super().__init__()
         self.root, self.seconds, self.batch_size, self.sample_rate, self.workers, self.seed = root, seconds, batch_size, sample_rate, workers, seed
 

@@ -36,7 +36,9 @@ def find_utterances(folder: str | Path) -> list[Utterance]:
     found = sorted(place.rglob("*.flac"), key=lambda path: path.name)
     if not found:
         state = "has none" if place.is_dir() else "does not exist"
-        raise UserError(f"expected LibriSpeech flac files below {place}; it {state}; get a subset from https://www.openslr.org/12 and name its folder")
+        raise UserError(
+            f"expected LibriSpeech flac files below {place}; it {state}; get a subset from https://www.openslr.org/12 and name its folder"
+        )
     strange = next((path for path in found if not path.name.split("-")[0].isdigit()), None)
     if strange is not None:
         raise UserError(f"expected LibriSpeech names, speaker-chapter-number.flac; got {strange}; move it out of {place}")
