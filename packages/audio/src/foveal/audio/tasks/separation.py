@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from foveal.audio.data.example import Example
 from foveal.audio.losses import pairwise_si_sdr, pairwise_snr, pit, pit_loss
 from foveal.audio.metrics import has_perceptual_extras, perceptual_scores, reorder, sdr_improvement, si_sdr_improvement
+from foveal.audio.tasks.muon import Muon
 from foveal.audio.tasks.separation_report import SeparationReport, show_separation
 from foveal.core.errors import UserError
 
@@ -30,6 +31,7 @@ class SeparationTask(pl.LightningModule):
     Args:
         network: takes (batch, samples), gives (batch, sources, samples).
         learning_rate: of Adam.
+        matrix_learning_rate: trains the matrices with `Muon` at this rate; None trains all parameters with Adam, as the paper does.
         schedule: ``plateau`` halves the rate after `patience` validations without a better ``val/loss``, as the paper does. ``linear`` warms
             up over `warmup` steps, holds, and falls to zero over the last `cooldown` of ``trainer.max_steps``; an interrupted run may be
             resumed with another ``max_steps`` to end earlier or later.
@@ -46,6 +48,7 @@ class SeparationTask(pl.LightningModule):
         self,
         network: nn.Module,
         learning_rate: float = 1e-3,
+        matrix_learning_rate: float | None = None,
         schedule: Literal["plateau", "linear"] = "plateau",
         patience: int = 10,
         warmup: int = 200,
@@ -54,7 +57,8 @@ class SeparationTask(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.network = network
-        self.learning_rate, self.schedule, self.patience = learning_rate, schedule, patience
+        self.learning_rate, self.matrix_learning_rate = learning_rate, matrix_learning_rate
+        self.schedule, self.patience = schedule, patience
         self.warmup, self.cooldown, self.sample_rate = warmup, cooldown, sample_rate
         self.report = SeparationReport()
 
@@ -105,7 +109,7 @@ class SeparationTask(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Adam and the schedule."""
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+        optimizer = self._optimizer()
         if self.schedule == "plateau":
             plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=self.patience)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val/loss"}}
@@ -113,6 +117,14 @@ class SeparationTask(pl.LightningModule):
             raise UserError("expected trainer.max_steps for the linear schedule, which ends there; got none; set it, or schedule: plateau")
         linear = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share_of_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": linear, "interval": "step"}}
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        if self.matrix_learning_rate is None:
+            return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+        # a bias of several bands has two dimensions too, but is no map from vectors to vectors
+        matrices = {module.weight: None for module in self.modules() if isinstance(module, nn.Linear)}
+        others = [parameter for parameter in self.parameters() if parameter not in matrices]
+        return Muon(matrices, others, self.matrix_learning_rate, self.learning_rate)
 
     def _share_of_rate(self, step: int) -> float:
         # the trainer is asked each time: a resumed run may be told to end at another step
