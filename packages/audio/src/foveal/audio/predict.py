@@ -113,8 +113,10 @@ class Separator:
             (sources, time) or (sources, channels, time): float32, same kind, rate and length.
 
         Raises:
-            UserError: Another shape, no samples, samples that are not finite or not floating point.
+            UserError: Another shape, no samples, samples that are not finite or not floating point, or no sample rate.
         """
+        if sample_rate <= 0:
+            raise UserError(f"expected a sample rate above 0 Hz; got {sample_rate}")
         signal = waveform.detach().cpu().numpy() if isinstance(waveform, Tensor) else np.asarray(waveform)
         if signal.ndim not in (1, 2) or 0 in signal.shape or not np.issubdtype(signal.dtype, np.floating):
             raise UserError(f"expected a waveform (time,) or (channels, time) of floating-point samples; got {signal.shape} of {signal.dtype}")
