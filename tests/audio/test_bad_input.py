@@ -159,9 +159,7 @@ def bad_checkpoint(kind, folder, tiny_tiger):
     return path
 
 
-CHECKPOINTS = (
-    "missing corrupt text empty foreign pickle truncated|of another system|missing key|another shape|unknown config key|impossible config"
-)
+CHECKPOINTS = "missing corrupt text empty foreign pickle truncated|of another system|missing key|another shape|unknown config key|impossible config"
 
 
 @pytest.mark.parametrize("kind", [*CHECKPOINTS.split("|")[0].split(), *CHECKPOINTS.split("|")[1:]])
