@@ -84,7 +84,7 @@ class ResumePoint(Checkpoint):
 
     def _save(self, trainer: pl.Trainer, folder: Path) -> None:
         target, temporary = folder / "last.ckpt", folder / ".last.ckpt.part"
-        trainer.save_checkpoint(temporary)
+        trainer.save_checkpoint(temporary, weights_only=False)
         self._saved_at = trainer.global_step
         if trainer.is_global_zero:
             if target.is_dir():  # sharded strategies write folders, and a folder does not replace another
