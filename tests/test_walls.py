@@ -26,9 +26,8 @@ def imports(file: Path, top_level_only: bool = False) -> Iterator[tuple[str, int
             assert node.level == 0, f"{file}:{node.lineno}: imports are absolute"
             # `from foveal import audio` names the room in the second place.
             yield from ((f"{node.module}.{name.name}", node.lineno) for name in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__"):
-            if node.args and isinstance(node.args[0], ast.Constant):
-                yield node.args[0].value, node.lineno
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield from ((str(name.value), node.lineno) for name in node.args[:1] if isinstance(name, ast.Constant))
 
 
 @pytest.mark.parametrize("room", ROOMS)

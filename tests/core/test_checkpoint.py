@@ -1,3 +1,4 @@
+# ruff: noqa: NPY002  numpy's global generator is what other people's datasets draw from
 from __future__ import annotations
 
 import random
@@ -42,7 +43,7 @@ def test_missing_corrupt_and_foreign_weights_are_told_apart(tmp_path: Path) -> N
     with pytest.raises(UserError, match="found none"):
         load_weights(tmp_path)
     save_weights(file, {"a": torch.ones(1000)}, system="toy", config={})
-    with pytest.raises(UserError, match="expected weights of tiger; .* holds toy"):
+    with pytest.raises(UserError, match=r"expected weights of tiger; .* holds toy"):
         load_weights(file, system="tiger")
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(UserError, match="cannot be read"):
@@ -57,7 +58,7 @@ def test_missing_corrupt_and_foreign_weights_are_told_apart(tmp_path: Path) -> N
     save_weights(tmp_path / "b.safetensors", {"a": torch.ones(1)}, system="toy", config={})
     with pytest.raises(UserError, match=r"a\.safetensors, b\.safetensors; name the file"):
         load_weights(tmp_path)
-    with pytest.raises(UserError, match="ending in .safetensors"):
+    with pytest.raises(UserError, match=r"ending in \.safetensors"):
         save_weights(tmp_path / "a.pt", {}, system="toy", config={})
 
 

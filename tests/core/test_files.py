@@ -59,7 +59,7 @@ def test_a_read_only_output_folder_is_an_error() -> None:
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "result.wav"
     target.write_text("old")
-    with pytest.raises(KeyboardInterrupt), atomic_write(target) as temporary:
+    with pytest.raises(KeyboardInterrupt), atomic_write(target) as temporary:  # noqa: PT012
         assert temporary.suffix == ".wav"
         temporary.write_text("half")
         raise KeyboardInterrupt

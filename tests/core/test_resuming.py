@@ -73,9 +73,7 @@ def assert_same_result(whole: Path, resumed: Path) -> None:
         assert all(torch.equal(first["state_dict"][key], value) for key, value in second["state_dict"].items())
 
 
-def test_a_fit_killed_in_the_middle_of_an_epoch_resumes_to_the_same_result(
-    fit: Callable[..., Path], start: Callable, workplace: Path
-) -> None:
+def test_a_fit_killed_in_the_middle_of_an_epoch_resumes_to_the_same_result(fit: Callable[..., Path], start: Callable, workplace: Path) -> None:
     whole = fit("--experiment", "whole")
     arguments = ["fit", "--config", "toy.yaml", "--experiment", "killed", "--model.init_args.step_seconds", "0.1"]
     process = start(f"from foveal.core.cli import FovealCLI; FovealCLI('toys', {arguments})")
@@ -99,5 +97,5 @@ def test_last_without_an_interrupted_run_starts_a_new_one_and_says_so(fit: Calla
 
 def test_resuming_with_other_training_data_is_refused(fit: Callable[..., Path]) -> None:
     fit("--trainer.max_epochs", "1")
-    with pytest.raises(UserError, match="batch_size 4.*batch_size 3"):
+    with pytest.raises(UserError, match=r"batch_size 4.*batch_size 3"):
         fit("--ckpt_path", "last", "--data.init_args.batch_size", "3")

@@ -44,6 +44,7 @@ def _add_missing(app: typer.Typer, domain: str, purpose: str) -> None:
     @app.command(
         domain,
         help=f"{purpose} Not installed: {install}",
+        short_help=f"{purpose} Not installed: {install}",
         context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
     )
     def missing() -> None:
@@ -71,14 +72,13 @@ def run(arguments: Sequence[str]) -> int:
         arguments = [*arguments, "--help"]
     try:
         code = build()(args=list(arguments), prog_name="foveal", standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        return _stopped() if code == 130 else code if isinstance(code, int) else 0
     except UserError as error:
         return _complain(str(error))
     except typer.Exit as stop:
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("foveal: stopped", file=sys.stderr)
-        return 130
+        return _stopped()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except Exception as error:
@@ -89,6 +89,11 @@ def run(arguments: Sequence[str]) -> int:
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "foveal"
         return _complain(f"{message().rstrip('.')}; see {where} --help")
+
+
+def _stopped() -> int:
+    print("foveal: stopped", file=sys.stderr)
+    return 130
 
 
 def _complain(message: str) -> int:
