@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -164,7 +165,7 @@ def test_chunks_cover_the_stream_overlap_and_stay_in_size(samples, chunk):
     assert plan[-1][1] == samples
     assert len({end - start for start, end in plan}) == 1
     assert plan[0][1] - plan[0][0] <= chunk
-    assert all(abs(before[1] - after[0] - overlap) <= 2 for before, after in zip(plan, plan[1:], strict=False))
+    assert all(abs(before[1] - after[0] - overlap) <= 2 for before, after in itertools.pairwise(plan))
 
 
 @settings(deadline=None, max_examples=30)

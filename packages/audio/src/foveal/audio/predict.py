@@ -8,6 +8,7 @@ model's rate) is separated: of a 44.1 or 48 kHz recording the estimates hold wha
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections import Counter
@@ -284,7 +285,7 @@ def _separate_batch(separator: Separator, files: Sequence[Path], folder: Path, o
                 recording = open_recording(path)
                 bar = bars.add_task(path.name, total=recording.seconds)
                 began = time.perf_counter()
-                clipped = separator.separate_file(recording, targets, lambda seconds, bar=bar: bars.advance(bar, seconds))
+                clipped = separator.separate_file(recording, targets, functools.partial(bars.advance, bar))
                 bars.remove_task(bar)
                 entry.outputs = [str(target) for target in targets]
                 entry.numbers = {"seconds": recording.seconds, "real-time factor": (time.perf_counter() - began) / recording.seconds}
