@@ -107,6 +107,7 @@ def test_absurd_levels_stay_finite(tiny_separator, scale):
         (np.zeros(0, np.float32), r"\(0,\)"),
         (np.zeros((0, 100), np.float32), r"\(0, 100\)"),
         (np.zeros(100, np.int16), "int16"),
+        (np.zeros((16_000, 2), np.float32), "transpose"),
         (np.array([0.0, np.nan, np.inf], np.float32), "2 of 3"),
         (torch.tensor([0.0, torch.nan]), "1 of 2"),
     ],

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from foveal.audio.audio_files import SUFFIXES, Recording, Resampler, measure_level, open_recording, wav_subtype, write_sources
+from foveal.audio.audio_files import BLOCK_SECONDS, SUFFIXES, Recording, Resampler, measure_level, open_recording, wav_subtype, write_sources
 from foveal.audio.models.tiger import TIGER, TIGERConfig
 from foveal.audio.stitching import SpeakerOrder, plan_chunks, separate_stream
 from foveal.core.checkpoint import load_weights
@@ -43,7 +43,7 @@ OVERLAP = 1 / 3
 
 _LEVEL = 10 ** (-25 / 20)  # root mean square that the model was trained around
 _MOST_GAIN = 1e7  # what is below 24 bits is silence
-_BLOCK = 16_384  # samples of an array that flow at a time
+_MOST_CHANNELS = 1024  # of a file in libsndfile; an array with more is lying on its side
 
 
 class Separator:
@@ -118,13 +118,19 @@ class Separator:
         """
         if sample_rate <= 0:
             raise UserError(f"expected a sample rate above 0 Hz; got {sample_rate}")
-        signal = waveform.detach().cpu().numpy() if isinstance(waveform, Tensor) else np.asarray(waveform)
+        if isinstance(waveform, Tensor):
+            signal = (waveform.float() if waveform.dtype == torch.bfloat16 else waveform).detach().cpu().numpy()
+        else:
+            signal = np.asarray(waveform)
         if signal.ndim not in (1, 2) or 0 in signal.shape or not np.issubdtype(signal.dtype, np.floating):
             raise UserError(f"expected a waveform (time,) or (channels, time) of floating-point samples; got {signal.shape} of {signal.dtype}")
+        if signal.ndim == 2 and signal.shape[0] > _MOST_CHANNELS:
+            raise UserError(f"expected a waveform (channels, time) with at most {_MOST_CHANNELS} channels; got {signal.shape}; transpose it")
         if not np.isfinite(signal).all():
             raise UserError(f"expected finite samples; {int((~np.isfinite(signal)).sum())} of {signal.size} are nan or infinite; repair the waveform")
         frames = np.atleast_2d(signal).T.astype(np.float32)
-        pieces = [frames[start : start + _BLOCK] for start in range(0, len(frames), _BLOCK)]
+        block = max(1, round(BLOCK_SECONDS * sample_rate))
+        pieces = [frames[start : start + block] for start in range(0, len(frames), block)]
         level = measure_level(float(np.square(piece.mean(axis=1, dtype=np.float64)).mean()) for piece in pieces)
         separated = np.concatenate(list(self.stream(pieces, sample_rate, frames.shape[1], len(frames), level)), axis=1).transpose(0, 2, 1)
         separated = np.ascontiguousarray(separated[:, 0] if signal.ndim == 1 else separated)
