@@ -22,7 +22,8 @@ from foveal.core.files import atomic_write
 #: Suffixes looked for in folders; a file named directly may have any.
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64", ".rf64")
 
-_BLOCK_SECONDS = 0.4  # of a block that is read, and of a level measurement (the gating block of ITU-R BS.1770)
+#: Of a block that is read, and of a level measurement (the gating block of ITU-R BS.1770).
+BLOCK_SECONDS = 0.4
 _WAV_LIMIT = 2**32 - 2**16  # bytes: the length field of a wav file has 32 bits; above, its 64-bit form is written
 
 
@@ -75,7 +76,7 @@ def _open(path: Path) -> soundfile.SoundFile:
 
 def _blocks(file: soundfile.SoundFile, path: Path) -> Iterator[ndarray]:
     try:
-        yield from file.blocks(max(1, round(_BLOCK_SECONDS * file.samplerate)), dtype="float32", always_2d=True)
+        yield from file.blocks(max(1, round(BLOCK_SECONDS * file.samplerate)), dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise UserError(f"expected a sound file that decodes to its end; {path}: {error.error_string.strip('. ')}; copy or export it again") from None
 

@@ -6,6 +6,7 @@ instead of ending a run.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -22,6 +23,9 @@ from torchmetrics.functional.audio import (
 
 Ratio = Callable[[Tensor, Tensor], Tensor]
 
+#: Keeps the equations of the 512-sample filter solvable for silence and pure tones; no ratio below 70 dB feels it.
+_SDR_DIAGONAL = 1e-8
+
 
 def improvement(
     estimates: Float[Tensor, "batch source samples"],
@@ -29,7 +33,7 @@ def improvement(
     mixture: Float[Tensor, "batch samples"],
     ratio: Ratio = scale_invariant_signal_distortion_ratio,
 ) -> tuple[Float[Tensor, " batch"], Int[Tensor, "batch source"]]:
-    """Mean ratio of the best assignment, minus the mean ratio that the untouched mixture has: SI-SDRi, or SDRi with `signal_distortion_ratio`.
+    """Mean ratio of the best assignment, minus the mean ratio that the untouched mixture has: SI-SDRi, or SDRi with an SDR.
 
     Args:
         estimates: What was separated.
@@ -53,7 +57,7 @@ def si_sdr_improvement(estimates: Tensor, references: Tensor, mixture: Tensor) -
 
 def sdr_improvement(estimates: Tensor, references: Tensor, mixture: Tensor) -> tuple[Tensor, Tensor]:
     """SDRi in dB, a filter of 512 samples allowed for, and the order of the estimates; shapes as in `improvement`."""
-    return improvement(estimates, references, mixture, signal_distortion_ratio)
+    return improvement(estimates, references, mixture, functools.partial(signal_distortion_ratio, load_diag=_SDR_DIAGONAL))
 
 
 def perceptual_scores(estimate: Float[Tensor, " samples"], reference: Float[Tensor, " samples"], sample_rate: int) -> dict[str, float]:

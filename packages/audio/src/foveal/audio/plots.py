@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,24 +13,27 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
 
-_RANGE = 70.0  # dB below the loudest bin of the mixture that are shown
+_RANGE = 60.0  # dB that are shown
+_LOUD = 0.999  # quantile of the mixture's bins that is 0 dB
+_EMPHASIS = 0.97  # first-order, as phoneticians draw speech: consonants show beside vowels, and rumble does not set the scale
 _HOP_SECONDS, _WINDOW_SECONDS = 0.008, 0.032
 _MOST_COLUMNS = 1600  # of a picture; longer signals are shown by the loudest of neighbouring frames
 
 
 def _spectrogram(signal: Float[Tensor, " samples"], sample_rate: int) -> Float[np.ndarray, "bins frames"]:
-    """Power spectrum in dB."""
+    """Power spectrum of the pre-emphasised signal, in dB."""
     window, hop = round(_WINDOW_SECONDS * sample_rate), max(round(_HOP_SECONDS * sample_rate), -(-signal.shape[-1] // (8 * _MOST_COLUMNS)))
     signal = torch.nn.functional.pad(signal.detach().float().cpu(), (0, max(0, window - signal.shape[-1])))
+    signal = signal - _EMPHASIS * torch.nn.functional.pad(signal[:-1], (1, 0))
     power = torch.stft(signal, window, hop, window=torch.hann_window(window), center=True, pad_mode="constant", return_complex=True).abs().square()
     step = -(-power.shape[1] // _MOST_COLUMNS)
     power = torch.nn.functional.max_pool1d(power[None], step, ceil_mode=True)[0]
     return (10 * torch.log10(power + 1e-12)).numpy()
 
 
-def _show(axes: Axes, image: np.ndarray, seconds: float, sample_rate: int, **scale: object) -> AxesImage:
+def _show(axes: Axes, image: np.ndarray, seconds: float, sample_rate: int, **scale: Any) -> AxesImage:
     return axes.imshow(
-        image, origin="lower", aspect="auto", interpolation="nearest", extent=(0, seconds, 0, sample_rate / 2000), rasterized=True, **scale
+        image, origin="lower", aspect="auto", interpolation="auto", extent=(0, seconds, 0, sample_rate / 2000), rasterized=True, **scale
     )
 
 
@@ -42,7 +46,7 @@ def plot_separation(
 ) -> Figure:
     """Spectrograms of the mixture on top, and below it one column a speaker: what was separated, and what should have been.
 
-    All share one colour scale (dB below the loudest bin of the mixture), one time axis and one frequency axis.
+    All share one colour scale (0 dB is the level that one bin of the mixture in a thousand exceeds), one time axis and one frequency axis.
 
     Args:
         mixture: What was heard.
@@ -56,7 +60,8 @@ def plot_separation(
     grid = figure.add_gridspec(rows, sources)
     seconds = mixture.shape[-1] / sample_rate
     top = _spectrogram(mixture, sample_rate)
-    scale = {"vmax": float(top.max()), "vmin": float(top.max()) - _RANGE, "cmap": "magma"}
+    loudest = float(np.quantile(top, _LOUD))
+    scale: dict[str, Any] = {"vmax": loudest, "vmin": loudest - _RANGE, "cmap": "magma"}
 
     whole = figure.add_subplot(grid[0, :])
     image = _show(whole, top, seconds, sample_rate, **scale)
@@ -79,9 +84,9 @@ def plot_separation(
             if source == 0:
                 axes.set_ylabel("Frequency (kHz)")
     whole.set_ylabel("Frequency (kHz)")
-    bar = figure.colorbar(image, ax=panels, pad=0.01, aspect=40)
-    bar.set_label("Level (dB re the loudest bin)")
-    bar.set_ticks([scale["vmax"] - step for step in range(0, int(_RANGE) + 1, 10)], labels=[f"{-step}" for step in range(0, int(_RANGE) + 1, 10)])
+    bar = figure.colorbar(image, ax=panels, pad=0.01, aspect=40, extend="both")
+    bar.set_label("Level, pre-emphasised (dB)")
+    bar.set_ticks([loudest - step for step in range(0, int(_RANGE) + 1, 10)], labels=[f"{-step}" for step in range(0, int(_RANGE) + 1, 10)])
     return figure
 
 

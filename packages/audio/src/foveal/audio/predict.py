@@ -8,6 +8,7 @@ model's rate) is separated: of a 44.1 or 48 kHz recording the estimates hold wha
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections import Counter
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from foveal.audio.audio_files import SUFFIXES, Recording, Resampler, measure_level, open_recording, wav_subtype, write_sources
+from foveal.audio.audio_files import BLOCK_SECONDS, SUFFIXES, Recording, Resampler, measure_level, open_recording, wav_subtype, write_sources
 from foveal.audio.models.tiger import TIGER, TIGERConfig
 from foveal.audio.stitching import SpeakerOrder, plan_chunks, separate_stream
 from foveal.core.checkpoint import load_weights
@@ -42,7 +43,7 @@ OVERLAP = 1 / 3
 
 _LEVEL = 10 ** (-25 / 20)  # root mean square that the model was trained around
 _MOST_GAIN = 1e7  # what is below 24 bits is silence
-_BLOCK = 16_384  # samples of an array that flow at a time
+_MOST_CHANNELS = 1024  # of a file in libsndfile; an array with more is lying on its side
 
 
 class Separator:
@@ -113,15 +114,23 @@ class Separator:
             (sources, time) or (sources, channels, time): float32, same kind, rate and length.
 
         Raises:
-            UserError: Another shape, no samples, samples that are not finite or not floating point.
+            UserError: Another shape, no samples, samples that are not finite or not floating point, or no sample rate.
         """
-        signal = waveform.detach().cpu().numpy() if isinstance(waveform, Tensor) else np.asarray(waveform)
+        if sample_rate <= 0:
+            raise UserError(f"expected a sample rate above 0 Hz; got {sample_rate}")
+        if isinstance(waveform, Tensor):
+            signal = (waveform.float() if waveform.dtype == torch.bfloat16 else waveform).detach().cpu().numpy()
+        else:
+            signal = np.asarray(waveform)
         if signal.ndim not in (1, 2) or 0 in signal.shape or not np.issubdtype(signal.dtype, np.floating):
             raise UserError(f"expected a waveform (time,) or (channels, time) of floating-point samples; got {signal.shape} of {signal.dtype}")
+        if signal.ndim == 2 and signal.shape[0] > _MOST_CHANNELS:
+            raise UserError(f"expected a waveform (channels, time) with at most {_MOST_CHANNELS} channels; got {signal.shape}; transpose it")
         if not np.isfinite(signal).all():
             raise UserError(f"expected finite samples; {int((~np.isfinite(signal)).sum())} of {signal.size} are nan or infinite; repair the waveform")
         frames = np.atleast_2d(signal).T.astype(np.float32)
-        pieces = [frames[start : start + _BLOCK] for start in range(0, len(frames), _BLOCK)]
+        block = max(1, round(BLOCK_SECONDS * sample_rate))
+        pieces = [frames[start : start + block] for start in range(0, len(frames), block)]
         level = measure_level(float(np.square(piece.mean(axis=1, dtype=np.float64)).mean()) for piece in pieces)
         separated = np.concatenate(list(self.stream(pieces, sample_rate, frames.shape[1], len(frames), level)), axis=1).transpose(0, 2, 1)
         separated = np.ascontiguousarray(separated[:, 0] if signal.ndim == 1 else separated)
@@ -282,7 +291,7 @@ def _separate_batch(separator: Separator, files: Sequence[Path], folder: Path, o
                 recording = open_recording(path)
                 bar = bars.add_task(path.name, total=recording.seconds)
                 began = time.perf_counter()
-                clipped = separator.separate_file(recording, targets, lambda seconds, bar=bar: bars.advance(bar, seconds))
+                clipped = separator.separate_file(recording, targets, functools.partial(bars.advance, bar))
                 bars.remove_task(bar)
                 entry.outputs = [str(target) for target in targets]
                 entry.numbers = {"seconds": recording.seconds, "real-time factor": (time.perf_counter() - began) / recording.seconds}

@@ -18,8 +18,8 @@ from torch import Tensor
 _FRAME_SECONDS = 0.032
 _BANDS = 40  # of the voice profile, equally wide on the mel scale
 _SPEECH_RANGE = 1e-3  # a frame within 30 dB of the recording's level is speech
-_DOMINANCE = 10.0  # a frame tells about a voice where its estimate has ten times the power of every other
 _SPEECH_SECONDS = 0.25  # of speech that an overlap needs for its samples to decide
+_NEW_VOICE = 0.17  # mean square of log10 power: of LibriSpeech, 6 s of two speakers differ by more in 94 %, of one speaker by less in 90 %
 _MARGIN = 0.1  # of correlation between the best and the second order; below it the voices decide
 
 
@@ -96,30 +96,27 @@ class SpeakerOrder:
         return order if best > 0 and (not swaps or min(swaps) >= _MARGIN) else None
 
     def _by_voice(self, profile: Tensor, frames: Tensor) -> list[int]:
-        """The order in which the voices are most alike; speakers not heard yet take what is left."""
-        known = self._frames_heard > 0
-        voices = self._profile / self._frames_heard.clamp_min(1)[:, None]
-        distance = (voices[:, None] - profile[None]).square().mean(-1).sqrt()
-        distance[~known] = 0.0
-        distance[:, frames == 0] = 0.0
-        return linear_sum_assignment(distance.numpy())[1].tolist()
+        """The order in which the voices are most alike, every frame of speech having the same say."""
+        known = self._frames_heard >= self._needed_frames
+        voices = self._profile / self._frames_heard.clamp_min(1e-9)[:, None]
+        distance = (voices[:, None] - profile[None]).square().mean(-1)
+        distance[~known] = _NEW_VOICE
+        return linear_sum_assignment((distance * frames).numpy())[1].tolist()
 
     def _listen(self, estimates: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean log spectrum of each estimate over the frames that it dominates, its mean taken off, and the number of those frames."""
-        profile, count = torch.zeros(self.sources, _BANDS, dtype=torch.float64), torch.zeros(self.sources, dtype=torch.float64)
+        """Mean log spectrum of each estimate over its speech, less its own mean, and the number of frames of speech."""
         if estimates.shape[-1] < self._frame:
-            return profile, count
+            return torch.zeros(self.sources, _BANDS, dtype=torch.float64), torch.zeros(self.sources, dtype=torch.float64)
         frames = estimates.unfold(1, self._frame, self._frame // 2)
         power = frames.square().mean(-1)
         spectrum = torch.fft.rfft(frames * torch.hann_window(self._frame, dtype=torch.float64)).abs().square() @ self._filters
         log_spectrum = torch.log10(spectrum / self._frame + 1e-3 * self._speech_power)
-        for source in range(self.sources):
-            others = torch.cat([power[:source], power[source + 1 :]]).sum(0)
-            heard = (power[source] > self._speech_power) & (power[source] > _DOMINANCE * others)
-            if heard.any():
-                mean = log_spectrum[source, heard].mean(0)
-                profile[source], count[source] = mean - mean.mean(), heard.sum()
-        return profile, count
+        # the fourth power of a speaker's share: where one is alone, what leaks into the other's estimate must not pass for a voice
+        share = power / power.sum(0).clamp_min(self._speech_power)
+        weight = torch.where(power > self._speech_power, share**4, 0.0)
+        count = weight.sum(-1)
+        profile = (weight[..., None] * log_spectrum).sum(1) / count.clamp_min(1e-9)[:, None]
+        return torch.where(count[:, None] > 0, profile - profile.mean(-1, keepdim=True), 0.0), count
 
 
 def _mel_filters(bins: int, sample_rate: int) -> Float[Tensor, "bins bands"]:
