@@ -12,7 +12,7 @@ needs for bfloat16; DOT is the dtype in which probabilities enter a product.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -517,15 +517,17 @@ def architecture(device: torch.device) -> str:
 def tiling(kernel: str, architecture: str, itemsize: int, width: int, queries: int, keys: int, *, biased: bool) -> Tiling:
     """The table's entry, its tiles no longer than the sequences need (16 is the least a matrix instruction takes).
 
-    A bias or a general mask takes as many registers as the logits do: the forward's tile of queries is halved for it.
+    A bias or a mask takes as many registers as the logits do: one side of their tile is halved for it.
     """
     if interpreting():  # a tile costs the same whatever its size
         entry = Tiling(64, 64, 4, 1, split=width > 64)
     else:
         entry = TILINGS[kernel, architecture, itemsize][0 if width <= 64 else 1 if width <= 128 else 2]
-    rows = entry.queries // 2 if biased and kernel == "forward" else entry.queries
+    if biased:
+        rows, columns = (entry.queries, entry.keys // 2) if kernel == "query_gradients" else (entry.queries // 2, entry.keys)
+        entry = replace(entry, queries=max(16, rows), keys=max(16, columns))
     shortest = [max(16, triton.next_power_of_2(length)) for length in (queries, keys)]
-    return Tiling(min(rows, shortest[0]), min(entry.keys, shortest[1]), entry.warps, entry.stages, entry.split)
+    return Tiling(min(entry.queries, shortest[0]), min(entry.keys, shortest[1]), entry.warps, entry.stages, entry.split)
 
 
 def _width(dim: int) -> int:
@@ -739,8 +741,8 @@ def _variants_of(name: str, tiles: Tiling, variant: str) -> list[tuple[str, Any,
 
 def _signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
     types = {
-        **{name: f"*{dtype}" for name in _POINTERS},
-        **{name: "*fp32" for name in ("bias", "dbias", "lse", "delta")},
+        **dict.fromkeys(_POINTERS, f"*{dtype}"),
+        **dict.fromkeys(("bias", "dbias", "lse", "delta"), "*fp32"),
         "mask": "*u8",
         "scale": "fp32",
     }
