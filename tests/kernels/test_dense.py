@@ -265,12 +265,12 @@ def test_memory_grows_with_the_length_and_not_with_its_square(option: str) -> No
 def test_custom_operators_pass_opcheck(name: str) -> None:
     sample = next(sample for sample in SAMPLES if sample.name == name).to(torch.float32)
     prepared = op._prepare(sample["q"], sample["k"], sample["v"], sample.get("bias"), None, False, (9, -1), None, "bhnd")
-    torch.library.opcheck(op.attention_forward, (*prepared, "cpu"))
+    torch.library.opcheck(op.attention_forward.overload, (*prepared, "cpu"))
     out, lse = (t.detach() for t in op.attention_forward(*prepared, "cpu"))
     q, k, v, bias, mask, *options = (t.detach() if isinstance(t, Tensor) else t for t in prepared)
     needs = bias is not None
     torch.library.opcheck(
-        op.attention_backward, (torch.randn_like(out), torch.randn_like(lse), q, k, v, bias, mask, out, lse, *options, needs, "cpu")
+        op.attention_backward.overload, (torch.randn_like(out), torch.randn_like(lse), q, k, v, bias, mask, out, lse, *options, needs, "cpu")
     )
 
 

@@ -106,8 +106,8 @@ def _flash_calls(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None,
         outside = _outside(block, queries, keys, left, right) if block.edge else None
         for index in range(group):
             member = slice(index, None, group)
-            parts = [None if t is None else _part(t[:, member] if t.shape[1] > 1 else t, block) for t in (bias, mask)]
-            yield Call(member, block, _additive(*parts, outside, dtype), causal)
+            own_bias, own_mask = (None if t is None else _part(t[:, member] if t.shape[1] > 1 else t, block) for t in (bias, mask))
+            yield Call(member, block, _additive(own_bias, own_mask, outside, dtype), causal)
 
 
 def _additive(bias: Tensor | None, mask: Tensor | None, outside: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -365,11 +365,11 @@ def backward(
         gradients = _flash_gradients(dout, q, k, v, bias, mask, out, lse, left, right, scale)
     else:
         group = q.shape[1] // k.shape[1]
-        by_group = [tensor.unflatten(1, (-1, group)) for tensor in (dout, out, lse)]
+        dout, out, lse = (tensor.unflatten(1, (-1, group)) for tensor in (dout, out, lse))
         dlse = None if dlse is None else dlse.unflatten(1, (-1, group))
         accumulated = None if dbias is None else _grouped(dbias, group)
-        gradients = _tiled_gradients(_operands(q, k, v, bias, mask, left, right, scale), *by_group, dlse, accumulated)
-        if dbias is not None and bias is not given:
-            dbias.masked_fill_(given == float("inf"), 0.0)
+        gradients = _tiled_gradients(_operands(q, k, v, bias, mask, left, right, scale), dout, out, lse, dlse, accumulated)
+        if dbias is not None and given is not None and bias is not given:
+            dbias.masked_fill_(given.isposinf(), 0.0)
     for gradient, found in zip((dq, dk, dv), gradients, strict=True):
         gradient.copy_(found.reshape(gradient.shape))

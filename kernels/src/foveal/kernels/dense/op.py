@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from foveal.kernels.dense.reference import attention_reference
 from foveal.kernels.dispatch import Candidates, choose, why_not_triton
+from foveal.kernels.library import operator
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
 SMALLEST_DIM, LARGEST_DIM = 1, 256
 
 
-@overload
-def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options: Any) -> Tensor: ...
-@overload
-def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Any) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Float[Tensor, "batch heads query dim"],
     k: Float[Tensor, "batch kv_heads key dim"],
@@ -34,7 +31,7 @@ def attention(
     return_lse: bool = False,
     layout: str = "bhnd",
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     r"""Softmax attention, tiled: no (query, key) array in memory, with the gradient of every input, the bias included.
 
     .. math:: o_i = \sum_j p_{ij} v_j, \quad p_{ij} = \exp(s\, q_i \cdot k_j + b_{ij} - \mathrm{lse}_i), \quad
@@ -195,7 +192,8 @@ def _row_major(*tensors: Tensor) -> list[Tensor]:
     return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
 
 
-def _attention_forward(
+@operator("foveal::attention_forward")
+def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, left: int, right: int, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp by one backend; arguments as `_prepare` gives them."""
@@ -207,11 +205,13 @@ def _attention_forward(
     return out, lse
 
 
+@attention_forward.register_fake
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, bias: Any, mask: Any, left: int, right: int, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     return _new(q, *q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_wide(q))
 
 
-def _attention_backward(
+@operator("foveal::attention_backward")
+def attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -237,6 +237,7 @@ def _attention_backward(
     return dq, dk, dv, q.new_empty(0) if bias is None or dbias is None else dbias.to(bias.dtype)
 
 
+@attention_backward.register_fake
 def _fake_backward(
     dout: Tensor,
     dlse: Any,
@@ -282,6 +283,9 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     return dq, dk, dv, dbias if needs_dbias else None, None, None, None, None, None
 
 
+attention_forward.register_autograd(_differentiate, setup_context=_remember)
+
+
 def _remember_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     dout, dlse, q, k, v, bias, mask, _, _, left, right, scale, needs_dbias, _ = inputs
     ctx.save_for_backward(dout, dlse, q, k, v, bias, mask)
@@ -297,18 +301,20 @@ def _differentiate_twice(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
     dout, dlse, q, k, v, bias, mask = ctx.saved_tensors
     left, right, scale, needs_dbias = ctx.options
     with torch.enable_grad():
-        leaves = [t if t is None else t.detach().requires_grad_() for t in (dout, dlse, q, k, v, bias)]
+        leaves: list[Any] = [t if t is None else t.detach().requires_grad_() for t in (dout, dlse, q, k, v, bias)]
         dout, dlse, q, k, v, bias = leaves
-        results = attention_reference(q, k, v, bias, mask, left, right, scale)
-        sources = [q, k, v, *([bias] if needs_dbias else [])]
-        first = torch.autograd.grad(
-            results if dlse is not None else results[:1], sources, (dout, dlse) if dlse is not None else (dout,), create_graph=True
-        )
+        out, lse = attention_reference(q, k, v, bias, mask, left, right, scale)
+        sources = [q, k, v, bias] if needs_dbias else [q, k, v]
+        results, weights = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
+        first = torch.autograd.grad(results, sources, weights, create_graph=True)
         pairs = [(a, b) for a, b in zip(first, second, strict=False) if b is not None]
         wanted = [leaf for leaf in leaves if leaf is not None]
         found = iter(torch.autograd.grad([a for a, _ in pairs], wanted, [b for _, b in pairs], allow_unused=True))
     gradients = [None if leaf is None else next(found) for leaf in leaves]
     return (*gradients, *(None,) * 8)
+
+
+attention_backward.register_autograd(_differentiate_twice, setup_context=_remember_backward)
 
 
 def _fold(tensor: Tensor | None, dim: int | None, size: int, batch: int) -> Tensor | None:
@@ -325,6 +331,7 @@ def _fold(tensor: Tensor | None, dim: int | None, size: int, batch: int) -> Tens
     return tensor.flatten(0, 1)
 
 
+@attention_forward.register_vmap
 def _map_forward(info: Any, in_dims: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, bias: Any, mask: Any, *options: Any) -> tuple[Any, Any]:
     size = info.batch_size
     batch = q.shape[0] if in_dims[0] is None else q.movedim(in_dims[0], 0).shape[1]
@@ -333,6 +340,7 @@ def _map_forward(info: Any, in_dims: tuple[Any, ...], q: Tensor, k: Tensor, v: T
     return (out.unflatten(0, (size, batch)), lse.unflatten(0, (size, batch))), (0, 0)
 
 
+@attention_backward.register_vmap
 def _map_backward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
     tensors, options = arguments[:9], arguments[9:]
     size, needs_dbias = info.batch_size, options[3]
@@ -348,20 +356,3 @@ def _map_backward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple
     if not needs_dbias:
         return (dq, dk, dv, dbias), (0, 0, 0, None)
     return (dq, dk, dv, dbias), (0, 0, 0, 0)
-
-
-def _register(name: str, run: Any, fake: Any, differentiate: Any, remember: Any, mapped: Any) -> Any:
-    """One operator for every device. `torch.library.custom_op` would do the same and import torch's compiler (and triton) on its first call."""
-    torch.library.define(name, torch.library.infer_schema(run, mutates_args=()))
-    torch.library.impl(name, "default", run)
-    torch.library.register_fake(name, fake)
-    torch.library.register_autograd(name, differentiate, setup_context=remember)
-    torch.library.register_vmap(name, mapped)
-    namespace, _, operator = name.partition("::")
-    return getattr(getattr(torch.ops, namespace), operator).default
-
-
-attention_forward = _register("foveal::attention_forward", _attention_forward, _fake_forward, _differentiate, _remember, _map_forward)
-attention_backward = _register(
-    "foveal::attention_backward", _attention_backward, _fake_backward, _differentiate_twice, _remember_backward, _map_backward
-)

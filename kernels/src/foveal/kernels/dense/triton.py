@@ -483,23 +483,23 @@ class Tiling:
 
 #: (kernel, architecture, bytes of an element) -> tilings for head widths up to 64, 128 and 256.
 TILINGS: dict[tuple[str, str, int], tuple[Tiling, Tiling, Tiling]] = {
-    ("forward", "ampere", 2): (Tiling(128, 64, 4, 2), Tiling(128, 64, 8, 2), Tiling(64, 32, 4, 2)),
+    ("forward", "ampere", 2): (Tiling(128, 32, 4, 2), Tiling(128, 64, 8, 2), Tiling(64, 32, 4, 2)),
     ("forward", "hopper", 2): (Tiling(128, 64, 4, 3), Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2)),
     ("forward", "cdna", 2): (Tiling(128, 64, 4, 1), Tiling(128, 64, 8, 1), Tiling(64, 32, 8, 1)),
-    ("forward", "ampere", 4): (Tiling(64, 32, 4, 2), Tiling(64, 32, 8, 2), Tiling(32, 16, 4, 1)),
-    ("forward", "hopper", 4): (Tiling(64, 32, 4, 2), Tiling(64, 32, 8, 2), Tiling(64, 16, 8, 1)),
+    ("forward", "ampere", 4): (Tiling(64, 32, 4, 2), Tiling(64, 32, 8, 2), Tiling(16, 16, 4, 1)),
+    ("forward", "hopper", 4): (Tiling(64, 32, 4, 2), Tiling(64, 32, 8, 2), Tiling(16, 16, 4, 1)),
     ("forward", "cdna", 4): (Tiling(64, 32, 4, 1), Tiling(64, 32, 8, 1), Tiling(32, 16, 4, 1)),
     ("key_gradients", "ampere", 2): (Tiling(64, 64, 4, 2), Tiling(32, 64, 8, 2), Tiling(32, 64, 8, 1, True)),
     ("key_gradients", "hopper", 2): (Tiling(64, 64, 4, 2), Tiling(64, 64, 8, 2), Tiling(32, 64, 8, 1, True)),
     ("key_gradients", "cdna", 2): (Tiling(32, 64, 4, 1), Tiling(32, 64, 8, 1), Tiling(16, 32, 4, 1, True)),
-    ("key_gradients", "ampere", 4): (Tiling(32, 32, 4, 1), Tiling(16, 32, 4, 1, True), Tiling(16, 32, 8, 1, True)),
-    ("key_gradients", "hopper", 4): (Tiling(32, 32, 4, 1), Tiling(16, 32, 4, 1, True), Tiling(16, 32, 8, 1, True)),
+    ("key_gradients", "ampere", 4): (Tiling(32, 32, 4, 1), Tiling(16, 32, 4, 1, True), Tiling(16, 16, 4, 1, True)),
+    ("key_gradients", "hopper", 4): (Tiling(32, 32, 4, 1), Tiling(16, 32, 4, 1, True), Tiling(16, 16, 4, 1, True)),
     ("key_gradients", "cdna", 4): (Tiling(32, 32, 4, 1), Tiling(16, 32, 4, 1, True), Tiling(16, 16, 4, 1, True)),
     ("query_gradients", "ampere", 2): (Tiling(64, 64, 4, 2), Tiling(64, 32, 4, 2), Tiling(64, 32, 8, 1)),
     ("query_gradients", "hopper", 2): (Tiling(64, 64, 4, 2), Tiling(64, 64, 8, 2), Tiling(64, 32, 8, 1)),
     ("query_gradients", "cdna", 2): (Tiling(64, 32, 4, 1), Tiling(64, 32, 8, 1), Tiling(32, 16, 4, 1)),
-    ("query_gradients", "ampere", 4): (Tiling(32, 32, 4, 1), Tiling(32, 16, 4, 1), Tiling(32, 16, 8, 1)),
-    ("query_gradients", "hopper", 4): (Tiling(32, 32, 4, 1), Tiling(32, 16, 4, 1), Tiling(32, 16, 8, 1)),
+    ("query_gradients", "ampere", 4): (Tiling(32, 32, 4, 1), Tiling(32, 16, 4, 1), Tiling(16, 16, 4, 1)),
+    ("query_gradients", "hopper", 4): (Tiling(32, 32, 4, 1), Tiling(32, 16, 4, 1), Tiling(16, 16, 4, 1)),
     ("query_gradients", "cdna", 4): (Tiling(32, 32, 4, 1), Tiling(32, 16, 4, 1), Tiling(16, 16, 4, 1)),
 }
 
@@ -517,7 +517,8 @@ def architecture(device: torch.device) -> str:
 def tiling(kernel: str, architecture: str, itemsize: int, width: int, queries: int, keys: int, *, biased: bool) -> Tiling:
     """The table's entry, its tiles no longer than the sequences need (16 is the least a matrix instruction takes).
 
-    A bias or a mask takes as many registers as the logits do: one side of their tile is halved for it.
+    A bias or a mask takes as many registers as the logits do: one side of their tile is halved for it, and `key_gradients`, which holds two
+    sums besides, spreads over eight warps.
     """
     if interpreting():  # a tile costs the same whatever its size
         entry = Tiling(64, 64, 4, 1, split=width > 64)
@@ -525,7 +526,8 @@ def tiling(kernel: str, architecture: str, itemsize: int, width: int, queries: i
         entry = TILINGS[kernel, architecture, itemsize][0 if width <= 64 else 1 if width <= 128 else 2]
     if biased:
         rows, columns = (entry.queries, entry.keys // 2) if kernel == "query_gradients" else (entry.queries // 2, entry.keys)
-        entry = replace(entry, queries=max(16, rows), keys=max(16, columns))
+        warps = 8 if kernel == "key_gradients" and itemsize == 2 else entry.warps
+        entry = replace(entry, queries=max(16, rows), keys=max(16, columns), warps=warps)
     shortest = [max(16, triton.next_power_of_2(length)) for length in (queries, keys)]
     return Tiling(min(entry.queries, shortest[0]), min(entry.keys, shortest[1]), entry.warps, entry.stages, entry.split)
 
