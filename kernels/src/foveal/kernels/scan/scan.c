@@ -140,17 +140,11 @@ INLINE double log_one_plus_double(double e) {
     return 2 * s * (series * q + 1);
 }
 
-/* States are padded so that every loop over them is a whole number of vectors. */
-static int64_t padded_state(int64_t state) { return state <= 4 ? 4 : state <= 8 ? 8 : (state + 15) / 16 * 16; }
+/* States are padded with zeros to whole blocks of LANES, and every loop over states walks one block: its length is a constant, so that
+ * the recurrences keep a block in vector registers from step to step. */
+#define LANES 16
 
-/* The usual width is compiled as a constant: its inner loops are single vector instructions. */
-#define AS_CONSTANT(width, call)      \
-    if (width == 16) {                \
-        enum { constant_width = 16 }; \
-        call(constant_width);         \
-    } else {                          \
-        call(width);                  \
-    }
+static int64_t padded_state(int64_t state) { return (state + LANES - 1) / LANES * LANES; }
 
 #define JOIN_(name, type) name##_##type
 #define JOIN(name, type) JOIN_(name, type)
@@ -186,36 +180,37 @@ CLONES static void NAME(softplus_backward)(REAL *restrict ddt, const REAL *restr
 
 /* decay[t][n] = exp(dt[t] rate[n]) */
 CLONES static void NAME(decays)(REAL *restrict decay, const REAL *restrict dt, const REAL *restrict rate, int64_t steps, int64_t width) {
-    for (int64_t t = 0; t < steps; t++)
-        for (int64_t n = 0; n < width; n++) decay[t * width + n] = dt[t] * rate[n];
+    for (int64_t block = 0; block < width; block += LANES)
+        for (int64_t t = 0; t < steps; t++) {
 #pragma omp simd
-    for (int64_t i = 0; i < steps * width; i++) decay[i] = exponential(decay[i]);
+            for (int64_t n = block; n < block + LANES; n++) decay[t * width + n] = exponential(dt[t] * rate[n]);
+        }
 }
 
-/* h[t + 1] = decay[t] h[t] + dt[t] u[t] B[t] */
-CLONES static void NAME(recur)(REAL *restrict h, const REAL *restrict decay, const REAL *restrict dt, const REAL *restrict u,
-                               const REAL *restrict tile_b, int64_t steps, int64_t width) {
-#define RECUR(width)                                                                                                                      \
-    for (int64_t t = 0; t < steps; t++) {                                                                                                 \
-        const REAL x = dt[t] * u[t];                                                                                                      \
-        for (int64_t n = 0; n < width; n++) h[(t + 1) * width + n] = decay[t * width + n] * h[t * width + n] + x * tile_b[t * width + n]; \
+/* h[t + 1] = decay[t] h[t] + dt[t] u[t] B[t] and, where y is asked for, y[t] = C[t] . h[t + 1] + skip u[t]. */
+CLONES static void NAME(recur)(REAL *restrict h, REAL *restrict y, const REAL *restrict decay, const REAL *restrict dt, const REAL *restrict u,
+                               const REAL *restrict tile_b, const REAL *restrict tile_c, REAL skip, int64_t steps, int64_t width) {
+    for (int64_t t = 0; y && t < steps; t++) y[t] = skip * u[t];
+    for (int64_t block = 0; block < width; block += LANES) {
+        REAL state[LANES];
+        for (int64_t n = 0; n < LANES; n++) state[n] = h[block + n];
+        for (int64_t t = 0; t < steps; t++) {
+            const REAL x = dt[t] * u[t];
+            const int64_t at = t * width + block;
+#pragma omp simd
+            for (int64_t n = 0; n < LANES; n++) {
+                state[n] = decay[at + n] * state[n] + x * tile_b[at + n];
+                h[at + width + n] = state[n];
+            }
+        }
+        for (int64_t t = 0; y && t < steps; t++) {
+            const int64_t at = t * width + block;
+            REAL sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t n = 0; n < LANES; n++) sum += h[at + width + n] * tile_c[at + n];
+            y[t] += sum;
+        }
     }
-    AS_CONSTANT(width, RECUR)
-#undef RECUR
-}
-
-/* y[t] = C[t] . h[t + 1] + skip u[t] */
-CLONES static void NAME(read_out)(REAL *restrict y, const REAL *restrict h, const REAL *restrict tile_c, const REAL *restrict u, REAL skip,
-                                  int64_t steps, int64_t width) {
-#define READ_OUT(width)                                                                                         \
-    for (int64_t t = 0; t < steps; t++) {                                                                       \
-        REAL sum = 0;                                                                                           \
-        _Pragma("omp simd reduction(+ : sum)")                                                                  \
-        for (int64_t n = 0; n < width; n++) sum += h[(t + 1) * width + n] * tile_c[t * width + n];              \
-        y[t] = sum + skip * u[t];                                                                               \
-    }
-    AS_CONSTANT(width, READ_OUT)
-#undef READ_OUT
 }
 
 /* y silu(z), in place. */
@@ -239,25 +234,32 @@ CLONES static void NAME(recur_backward)(REAL *restrict g, REAL *restrict grad_ra
                                         REAL *restrict ddt, const REAL *restrict h, const REAL *restrict decay, const REAL *restrict rate,
                                         const REAL *restrict dt, const REAL *restrict u, const REAL *restrict dy, const REAL *restrict tile_b,
                                         const REAL *restrict tile_c, REAL skip, int64_t steps, int64_t width) {
-#define RECUR_BACKWARD(width)                                                                                                                    \
-    for (int64_t t = steps - 1; t >= 0; t--) {                                                                                                   \
-        const REAL step = dt[t], x = step * u[t], into = dy[t];                                                                                  \
-        REAL through_b = 0, through_decay = 0;                                                                                                   \
-        _Pragma("omp simd reduction(+ : through_b, through_decay)")                                                                              \
-        for (int64_t n = 0; n < width; n++) {                                                                                                    \
-            const REAL whole = g[n] + into * tile_c[t * width + n], back = whole * decay[t * width + n], decayed = back * h[t * width + n];      \
-            grad_c[t * width + n] += into * h[(t + 1) * width + n];                                                                              \
-            grad_b[t * width + n] += whole * x;                                                                                                  \
-            through_b += whole * tile_b[t * width + n];                                                                                          \
-            through_decay += decayed * rate[n];                                                                                                  \
-            grad_rate[n] += decayed * step;                                                                                                      \
-            g[n] = back;                                                                                                                         \
-        }                                                                                                                                        \
-        du[t] = step * through_b + skip * into;                                                                                                  \
-        ddt[t] = u[t] * through_b + through_decay;                                                                                               \
+    for (int64_t t = 0; t < steps; t++) du[t] = skip * dy[t];
+    for (int64_t t = 0; t < steps; t++) ddt[t] = 0;
+    for (int64_t block = 0; block < width; block += LANES) {
+        REAL after[LANES], to_rate[LANES];
+        for (int64_t n = 0; n < LANES; n++) after[n] = g[block + n];
+        for (int64_t n = 0; n < LANES; n++) to_rate[n] = grad_rate[block + n];
+        for (int64_t t = steps - 1; t >= 0; t--) {
+            const REAL step = dt[t], x = step * u[t], into = dy[t];
+            const int64_t at = t * width + block;
+            REAL through_b = 0, through_decay = 0;
+#pragma omp simd reduction(+ : through_b, through_decay)
+            for (int64_t n = 0; n < LANES; n++) {
+                const REAL whole = after[n] + into * tile_c[at + n], before = whole * decay[at + n], decayed = before * h[at + n];
+                grad_c[at + n] += into * h[at + width + n];
+                grad_b[at + n] += whole * x;
+                through_b += whole * tile_b[at + n];
+                through_decay += decayed * rate[block + n];
+                to_rate[n] += decayed * step;
+                after[n] = before;
+            }
+            du[t] += step * through_b;
+            ddt[t] += u[t] * through_b + through_decay;
+        }
+        for (int64_t n = 0; n < LANES; n++) g[block + n] = after[n];
+        for (int64_t n = 0; n < LANES; n++) grad_rate[block + n] = to_rate[n];
     }
-    AS_CONSTANT(width, RECUR_BACKWARD)
-#undef RECUR_BACKWARD
 }
 
 /* ---- Moving data between the arrays as they lie and the chunk: `at` is the position of its first step, `sign` the way to the next. ---- */
@@ -330,8 +332,7 @@ static void NAME(forward_task)(const Problem *p, int64_t task, REAL *restrict sc
             NAME(load_step_sizes)(dt, raw, p, at);
 
             NAME(decays)(decay, dt, rate, steps, width);
-            NAME(recur)(h, decay, dt, u, tile_b, steps, width);
-            NAME(read_out)(y, h, tile_c, u, NAME(channel_value)(p->d, channel), steps, width);
+            NAME(recur)(h, y, decay, dt, u, tile_b, tile_c, NAME(channel_value)(p->d, channel), steps, width);
             if (p->z) {
                 NAME(load_row)(z, p->z, p->z_stride, at);
                 NAME(gate)(y, z, steps);
@@ -376,10 +377,9 @@ static void NAME(backward_task)(const Problem *p, int64_t task, REAL *restrict s
             NAME(load_step_sizes)(dt, raw, p, at);
 
             NAME(decays)(decay, dt, rate, steps, width);
-            NAME(recur)(h, decay, dt, u, tile_b, steps, width);
+            NAME(recur)(h, p->z ? y : NULL, decay, dt, u, tile_b, tile_c, skip, steps, width);
             if (p->z) {
                 NAME(load_row)(z, p->z, p->z_stride, at);
-                NAME(read_out)(y, h, tile_c, u, skip, steps, width);
                 NAME(gate_backward)(dy, z, y, steps);
                 NAME(store_row)(p->dz, z, p, at);
             }
