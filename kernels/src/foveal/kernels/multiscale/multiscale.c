@@ -72,6 +72,9 @@ INLINE void convolve(const float *restrict x, int64_t length, int64_t channels, 
             for (int64_t c = 0; c < channels; c++)
                 row[c] = taps[c] * in[c] + taps[channels + c] * in[channels + c] + taps[2 * channels + c] * in[2 * channels + c] +
                          taps[3 * channels + c] * in[3 * channels + c] + taps[4 * channels + c] * in[4 * channels + c];
+        } else if (kernel == 1) {
+            const float *restrict in = x + first * channels;
+            for (int64_t c = 0; c < channels; c++) row[c] = taps[c] * in[c];
         } else {
             memset(row, 0, sizeof(float) * channels);
             for (int64_t k = MAX(0, -first); k < MIN(kernel, length - first); k++) {
@@ -85,90 +88,163 @@ INLINE void convolve(const float *restrict x, int64_t length, int64_t channels, 
     }
 }
 
-/* Mean and reciprocal standard deviation of n values in rows of `channels`; sums of a row in float, of the rows in double. */
+/* Mean and reciprocal standard deviation of all values in one pass, about the mean of the first row so that a common offset costs no digits.
+ * Sums of a row in float, of the rows in double. */
 INLINE void statistics(const float *restrict y, int64_t rows, int64_t channels, float eps, float *mean, float *rstd) {
+    float pivot = 0.0f;
+    for (int64_t c = 0; c < channels; c++) pivot += y[c];
+    pivot /= (float)channels;
     double sum = 0.0, square = 0.0;
-    for (int64_t t = 0; t < rows; t++) {
-        float part = 0.0f;
-        for (int64_t c = 0; c < channels; c++) part += y[t * channels + c];
-        sum += part;
-    }
-    const float m = (float)(sum / (double)(rows * channels));
-    for (int64_t t = 0; t < rows; t++) {
-        float part = 0.0f;
+    int64_t t = 0;
+    for (; t + 4 <= rows; t += 4) { /* four rows at once: independent sums hide the latency of the additions */
+        const float *restrict r0 = y + t * channels, *restrict r1 = r0 + channels, *restrict r2 = r1 + channels, *restrict r3 = r2 + channels;
+        float s0 = 0, s1 = 0, s2 = 0, s3 = 0, q0 = 0, q1 = 0, q2 = 0, q3 = 0;
         for (int64_t c = 0; c < channels; c++) {
-            const float d = y[t * channels + c] - m;
-            part += d * d;
+            const float d0 = r0[c] - pivot, d1 = r1[c] - pivot, d2 = r2[c] - pivot, d3 = r3[c] - pivot;
+            s0 += d0, s1 += d1, s2 += d2, s3 += d3;
+            q0 += d0 * d0, q1 += d1 * d1, q2 += d2 * d2, q3 += d3 * d3;
         }
-        square += part;
+        sum += (double)s0 + s1 + s2 + s3;
+        square += (double)q0 + q1 + q2 + q3;
     }
-    *mean = m;
-    *rstd = (float)(1.0 / sqrt(square / (double)(rows * channels) + (double)eps));
+    for (; t < rows; t++) {
+        float s = 0.0f, q = 0.0f;
+        for (int64_t c = 0; c < channels; c++) {
+            const float d = y[t * channels + c] - pivot;
+            s += d;
+            q += d * d;
+        }
+        sum += s;
+        square += q;
+    }
+    const double count = (double)(rows * channels), offset = sum / count;
+    const double variance = square / count - offset * offset;
+    *mean = (float)(pivot + offset);
+    *rstd = (float)(1.0 / sqrt((variance > 0.0 ? variance : 0.0) + (double)eps));
 }
 
-/* y <- (y - mean) * rstd */
-INLINE void standardise(float *restrict y, int64_t count, float mean, float rstd) {
-    for (int64_t i = 0; i < count; i++) y[i] = (y[i] - mean) * rstd;
-}
-
-INLINE void affine(float *restrict y, int64_t rows, int64_t channels, const float *restrict scale, const float *restrict shift) {
-    for (int64_t t = 0; t < rows; t++)
-        for (int64_t c = 0; c < channels; c++) y[t * channels + c] = y[t * channels + c] * scale[c] + shift[c];
-}
-
-INLINE void layer_forward(const float *x, int64_t length, int64_t channels, const Layer *layer, float eps, float *y, float *stats) {
+/* Convolution, norm, scale and shift. `line` has room for 2 * channels. */
+INLINE void layer_forward(const float *x, int64_t length, int64_t channels, const Layer *layer, float eps, float *restrict y, float *stats,
+                          float *restrict line) {
     const int64_t rows = out_length(length, layer);
     convolve(x, length, channels, layer, y);
     statistics(y, rows, channels, eps, stats, stats + 1);
-    standardise(y, rows * channels, stats[0], stats[1]);
-    affine(y, rows, channels, layer->scale, layer->shift);
+    float *restrict factor = line, *restrict offset = line + channels;
+    for (int64_t c = 0; c < channels; c++) {
+        factor[c] = stats[1] * layer->scale[c];
+        offset[c] = layer->shift[c] - stats[0] * factor[c];
+    }
+    for (int64_t t = 0; t < rows; t++)
+        for (int64_t c = 0; c < channels; c++) y[t * channels + c] = y[t * channels + c] * factor[c] + offset[c];
 }
 
-/* Backward of convolution and norm. `hat` holds the standardised convolution and is overwritten; `grad` is the gradient of the layer's output;
- * the gradient of x is ADDED to dx. */
+/* The convolution again, standardised: what the backward reads. */
+INLINE void restandardise(const float *x, int64_t length, int64_t channels, const Layer *layer, const float *stats, float *restrict hat) {
+    const float rstd = stats[1], offset = -stats[0] * stats[1];
+    convolve(x, length, channels, layer, hat);
+    const int64_t count = out_length(length, layer) * channels;
+    for (int64_t i = 0; i < count; i++) hat[i] = hat[i] * rstd + offset;
+}
+
+/* Backward of convolution and norm. `hat` holds the standardised convolution and is overwritten by the gradient of the convolution; `grad` is
+ * the gradient of the layer's output; the gradient of x is ADDED to dx. `line` has room for 2 * channels. */
 INLINE void layer_backward(const float *restrict x, int64_t length, int64_t channels, const Layer *layer, float rstd, float *restrict hat,
-                           const float *restrict grad, float *restrict dx, Gradient *out) {
+                           const float *restrict grad, float *restrict dx, Gradient *out, float *restrict line) {
     const int64_t rows = out_length(length, layer), kernel = layer->kernel, pad = kernel / 2;
-    const float *restrict scale = layer->scale;
-    double first = 0.0, second = 0.0;
+    const float *restrict scale = layer->scale, *restrict taps = layer->taps;
+    float *restrict dscale = line, *restrict dshift = line + channels;
+    memset(line, 0, sizeof(float) * 2 * channels);
     for (int64_t t = 0; t < rows; t++) {
         const float *restrict g = grad + t * channels, *restrict h = hat + t * channels;
-        float *restrict dscale = out->scale, *restrict dshift = out->shift;
-        float a = 0.0f, b = 0.0f;
         for (int64_t c = 0; c < channels; c++) {
-            const float gh = g[c] * h[c];
-            dscale[c] += gh;
+            dscale[c] += g[c] * h[c];
             dshift[c] += g[c];
-            a += g[c] * scale[c];
-            b += gh * scale[c];
         }
-        first += a;
-        second += b;
     }
-    const float mean1 = (float)(first / (double)(rows * channels)), mean2 = (float)(second / (double)(rows * channels));
+    float first = 0.0f, second = 0.0f;
+    for (int64_t c = 0; c < channels; c++) {
+        out->scale[c] += dscale[c];
+        out->shift[c] += dshift[c];
+        first += dshift[c] * scale[c];
+        second += dscale[c] * scale[c];
+    }
+    const float mean1 = rstd * first / (float)(rows * channels), mean2 = rstd * second / (float)(rows * channels);
+    float *restrict factor = line;
+    for (int64_t c = 0; c < channels; c++) factor[c] = rstd * scale[c];
+    if (!taps) {
+        for (int64_t t = 0; t < rows; t++)
+            for (int64_t c = 0; c < channels; c++) {
+                const int64_t i = t * channels + c;
+                dx[i] += grad[i] * factor[c] - mean1 - hat[i] * mean2;
+            }
+        return;
+    }
     for (int64_t t = 0; t < rows; t++) {
         const float *restrict g = grad + t * channels;
         float *restrict h = hat + t * channels;
-        for (int64_t c = 0; c < channels; c++) h[c] = rstd * (g[c] * scale[c] - mean1 - h[c] * mean2);
+        for (int64_t c = 0; c < channels; c++) h[c] = g[c] * factor[c] - mean1 - h[c] * mean2;
     }
-    if (!layer->taps) {
-        for (int64_t i = 0; i < rows * channels; i++) dx[i] += hat[i];
+    if (out->bias)
+        for (int64_t t = 0; t < rows; t++)
+            for (int64_t c = 0; c < channels; c++) out->bias[c] += hat[t * channels + c];
+    if (kernel == 1) {
+        for (int64_t t = 0; t < rows; t++) {
+            const float *restrict d = hat + t * channels, *restrict in = x + t * channels;
+            float *restrict din = dx + t * channels, *restrict dtap = out->taps;
+            for (int64_t c = 0; c < channels; c++) {
+                dtap[c] += d[c] * in[c];
+                din[c] += d[c] * taps[c];
+            }
+        }
+        return;
+    }
+    const int full = kernel == 5 && layer->stride == 1 && length >= 6; /* the common case has its own loops for the inner rows */
+    for (int64_t t = 0; t < rows; t++) {
+        const float *restrict d = hat + t * channels;
+        const int64_t start = t * layer->stride - pad;
+        if (full && start >= 0 && start + 6 <= length) { /* two rows at once: their taps meet five of six rows of x */
+            const float *restrict e = d + channels, *restrict in = x + start * channels;
+            float *restrict dtap = out->taps;
+            for (int64_t c = 0; c < channels; c++) {
+                dtap[c] += d[c] * in[c] + e[c] * in[channels + c];
+                dtap[channels + c] += d[c] * in[channels + c] + e[c] * in[2 * channels + c];
+                dtap[2 * channels + c] += d[c] * in[2 * channels + c] + e[c] * in[3 * channels + c];
+                dtap[3 * channels + c] += d[c] * in[3 * channels + c] + e[c] * in[4 * channels + c];
+                dtap[4 * channels + c] += d[c] * in[4 * channels + c] + e[c] * in[5 * channels + c];
+            }
+            t++;
+            continue;
+        }
+        for (int64_t k = MAX(0, -start); k < MIN(kernel, length - start); k++) {
+            const float *restrict in = x + (start + k) * channels;
+            float *restrict dtap = out->taps + k * channels;
+            for (int64_t c = 0; c < channels; c++) dtap[c] += d[c] * in[c];
+        }
+    }
+    if (full) { /* stride 1: each row of x gathers from the rows of the output that read it */
+        for (int64_t t = 0; t < length; t++) {
+            float *restrict din = dx + t * channels;
+            if (t >= 2 && t + 3 <= rows) {
+                const float *restrict d = hat + (t - 2) * channels;
+                for (int64_t c = 0; c < channels; c++)
+                    din[c] += d[c] * taps[4 * channels + c] + d[channels + c] * taps[3 * channels + c] + d[2 * channels + c] * taps[2 * channels + c] +
+                              d[3 * channels + c] * taps[channels + c] + d[4 * channels + c] * taps[c];
+            } else {
+                for (int64_t k = MAX(0, t + pad - rows + 1); k < MIN(kernel, t + pad + 1); k++) {
+                    const float *restrict d = hat + (t + pad - k) * channels, *restrict tap = taps + k * channels;
+                    for (int64_t c = 0; c < channels; c++) din[c] += d[c] * tap[c];
+                }
+            }
+        }
         return;
     }
     for (int64_t t = 0; t < rows; t++) {
         const float *restrict d = hat + t * channels;
         const int64_t start = t * layer->stride - pad;
-        if (out->bias) {
-            float *restrict dbias = out->bias;
-            for (int64_t c = 0; c < channels; c++) dbias[c] += d[c];
-        }
         for (int64_t k = MAX(0, -start); k < MIN(kernel, length - start); k++) {
-            const float *restrict in = x + (start + k) * channels, *restrict tap = layer->taps + k * channels;
-            float *restrict din = dx + (start + k) * channels, *restrict dtap = out->taps + k * channels;
-            for (int64_t c = 0; c < channels; c++) {
-                dtap[c] += d[c] * in[c];
-                din[c] += d[c] * tap[c];
-            }
+            const float *restrict tap = taps + k * channels;
+            float *restrict din = dx + (start + k) * channels;
+            for (int64_t c = 0; c < channels; c++) din[c] += d[c] * tap[c];
         }
     }
 }
@@ -176,8 +252,8 @@ INLINE void layer_backward(const float *restrict x, int64_t length, int64_t chan
 /* ------------------------------------------------------------------------------------------------ depthwise convolution + sequence norm */
 
 CLONES static void norm_forward_one(const float *x, int64_t length, int64_t channels, const Layer *layer, const float *slope, float eps, float *y,
-                                    float *stats) {
-    layer_forward(x, length, channels, layer, eps, y, stats);
+                                    float *stats, float *line) {
+    layer_forward(x, length, channels, layer, eps, y, stats, line);
     if (slope) {
         const float a = *slope;
         const int64_t count = out_length(length, layer) * channels;
@@ -186,10 +262,9 @@ CLONES static void norm_forward_one(const float *x, int64_t length, int64_t chan
 }
 
 CLONES static void norm_backward_one(const float *x, int64_t length, int64_t channels, const Layer *layer, const float *slope, const float *stats,
-                                     const float *grad, float *hat, float *scratch, float *dx, Gradient *out, float *dslope) {
-    const int64_t rows = out_length(length, layer), count = rows * channels;
-    convolve(x, length, channels, layer, hat);
-    standardise(hat, count, stats[0], stats[1]);
+                                     const float *grad, float *hat, float *scratch, float *dx, Gradient *out, float *dslope, float *line) {
+    const int64_t rows = out_length(length, layer);
+    restandardise(x, length, channels, layer, stats, hat);
     if (slope) {
         const float a = *slope;
         double total = 0.0;
@@ -207,16 +282,21 @@ CLONES static void norm_backward_one(const float *x, int64_t length, int64_t cha
         grad = scratch;
     }
     memset(dx, 0, sizeof(float) * length * channels);
-    layer_backward(x, length, channels, layer, stats[1], hat, grad, dx, out);
+    layer_backward(x, length, channels, layer, stats[1], hat, grad, dx, out, line);
 }
 
 void depthwise_norm_forward(const float *x, const float *taps, const float *bias, const float *scale, const float *shift, const float *slope, float *y,
                             float *stats, int64_t sequences, int64_t length, int64_t channels, int64_t kernel, int64_t stride, float eps, int threads) {
     const Layer layer = {taps, bias, scale, shift, kernel, stride};
     const int64_t out = out_length(length, &layer);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t n = 0; n < sequences; n++)
-        norm_forward_one(x + n * length * channels, length, channels, &layer, slope, eps, y + n * out * channels, stats + 2 * n);
+#pragma omp parallel num_threads(threads)
+    {
+        float *line = malloc(sizeof(float) * 2 * channels);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < sequences; n++)
+            norm_forward_one(x + n * length * channels, length, channels, &layer, slope, eps, y + n * out * channels, stats + 2 * n, line);
+        free(line);
+    }
 }
 
 /* `gradients`: (threads, (kernel + 3) * channels + 1), zero on entry: taps, bias, scale, shift, slope. */
@@ -234,40 +314,46 @@ void depthwise_norm_backward(const float *x, const float *taps, const float *bia
         float *own = gradients + thread * size;
         Gradient g = {own, bias ? own + kernel * channels : NULL, own + (kernel + 1) * channels, own + (kernel + 2) * channels};
         float *hat = malloc(sizeof(float) * out * channels), *scratch = slope ? malloc(sizeof(float) * out * channels) : NULL;
+        float *line = malloc(sizeof(float) * 2 * channels);
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < sequences; n++)
             norm_backward_one(x + n * length * channels, length, channels, &layer, slope, stats + 2 * n, grad + n * out * channels, hat, scratch,
-                              dx + n * length * channels, &g, own + size - 1);
+                              dx + n * length * channels, &g, own + size - 1, line);
         free(hat);
         free(scratch);
+        free(line);
     }
 }
 
 /* ------------------------------------------------------------------------------------------------------------------- gated injection */
 
 CLONES static void injection_forward_one(const float *local, const float *other, int64_t length, int64_t other_length, int64_t channels,
-                                         const Layer *layers, const int64_t *index, float eps, float *gate, float *shift, float *y, float *stats) {
-    layer_forward(local, length, channels, &layers[0], eps, y, stats);
-    layer_forward(other, other_length, channels, &layers[1], eps, gate, stats + 2);
-    layer_forward(other, other_length, channels, &layers[2], eps, shift, stats + 4);
+                                         const Layer *layers, const int64_t *index, float eps, float *gate, float *shift, float *line, float *y,
+                                         float *stats) {
+    layer_forward(other, other_length, channels, &layers[1], eps, gate, stats + 2, line);
+    layer_forward(other, other_length, channels, &layers[2], eps, shift, stats + 4, line);
     for (int64_t i = 0; i < other_length * channels; i++) gate[i] = 1.0f / (1.0f + exponential(-gate[i]));
+    convolve(local, length, channels, &layers[0], y);
+    statistics(y, length, channels, eps, stats, stats + 1);
+    float *restrict factor = line, *restrict offset = line + channels;
+    for (int64_t c = 0; c < channels; c++) {
+        factor[c] = stats[1] * layers[0].scale[c];
+        offset[c] = layers[0].shift[c] - stats[0] * factor[c];
+    }
     for (int64_t t = 0; t < length; t++) {
         const float *restrict g = gate + index[t] * channels, *restrict s = shift + index[t] * channels;
         float *restrict row = y + t * channels;
-        for (int64_t c = 0; c < channels; c++) row[c] = row[c] * g[c] + s[c];
+        for (int64_t c = 0; c < channels; c++) row[c] = (row[c] * factor[c] + offset[c]) * g[c] + s[c];
     }
 }
 
 CLONES static void injection_backward_one(const float *local, const float *other, int64_t length, int64_t other_length, int64_t channels,
                                           const Layer *layers, const int64_t *index, const float *stats, const float *grad, float *a, float *gate,
-                                          float *gate_hat, float *shift_hat, float *dlocal_out, float *dgate, float *dshift, float *dlocal, float *dother,
-                                          Gradient *out) {
-    convolve(local, length, channels, &layers[0], a);
-    standardise(a, length * channels, stats[0], stats[1]);
-    convolve(other, other_length, channels, &layers[1], gate_hat);
-    standardise(gate_hat, other_length * channels, stats[2], stats[3]);
-    convolve(other, other_length, channels, &layers[2], shift_hat);
-    standardise(shift_hat, other_length * channels, stats[4], stats[5]);
+                                          float *gate_hat, float *shift_hat, float *dlocal_out, float *dgate, float *dshift, float *line, float *dlocal,
+                                          float *dother, Gradient *out) {
+    restandardise(local, length, channels, &layers[0], stats, a);
+    restandardise(other, other_length, channels, &layers[1], stats + 2, gate_hat);
+    restandardise(other, other_length, channels, &layers[2], stats + 4, shift_hat);
     for (int64_t t = 0; t < other_length; t++)
         for (int64_t c = 0; c < channels; c++) {
             const int64_t i = t * channels + c;
@@ -288,9 +374,9 @@ CLONES static void injection_backward_one(const float *local, const float *other
     for (int64_t i = 0; i < other_length * channels; i++) dgate[i] *= gate[i] * (1.0f - gate[i]);
     memset(dlocal, 0, sizeof(float) * length * channels);
     memset(dother, 0, sizeof(float) * other_length * channels);
-    layer_backward(local, length, channels, &layers[0], stats[1], a, dlocal_out, dlocal, &out[0]);
-    layer_backward(other, other_length, channels, &layers[1], stats[3], gate_hat, dgate, dother, &out[1]);
-    layer_backward(other, other_length, channels, &layers[2], stats[5], shift_hat, dshift, dother, &out[2]);
+    layer_backward(local, length, channels, &layers[0], stats[1], a, dlocal_out, dlocal, &out[0], line);
+    layer_backward(other, other_length, channels, &layers[1], stats[3], gate_hat, dgate, dother, &out[1], line);
+    layer_backward(other, other_length, channels, &layers[2], stats[5], shift_hat, dshift, dother, &out[2], line);
 }
 
 /* taps: (3, kernel, channels); scale, shift: (3, channels); stats: (sequences, 6). Parts: local, gate, shift. */
@@ -301,11 +387,11 @@ void gated_injection_forward(const float *local, const float *other, const float
     for (int64_t i = 0; i < 3; i++) layers[i] = (Layer){taps + i * kernel * channels, NULL, scale + i * channels, shift + i * channels, kernel, 1};
 #pragma omp parallel num_threads(threads)
     {
-        float *own = malloc(sizeof(float) * 2 * other_length * channels);
+        float *own = malloc(sizeof(float) * (2 * other_length + 2) * channels);
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < sequences; n++)
             injection_forward_one(local + n * length * channels, other + n * other_length * channels, length, other_length, channels, layers, index, eps,
-                                  own, own + other_length * channels, y + n * length * channels, stats + 6 * n);
+                                  own, own + other_length * channels, own + 2 * other_length * channels, y + n * length * channels, stats + 6 * n);
         free(own);
     }
 }
@@ -329,13 +415,13 @@ void gated_injection_backward(const float *local, const float *other, const floa
             g[i] = (Gradient){own, NULL, own + kernel * channels, own + (kernel + 1) * channels};
         }
         const int64_t long_size = length * channels, short_size = other_length * channels;
-        float *own = malloc(sizeof(float) * (2 * long_size + 5 * short_size));
+        float *own = malloc(sizeof(float) * (2 * long_size + 5 * short_size + 2 * channels));
         float *other_own = own + 2 * long_size;
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < sequences; n++)
             injection_backward_one(local + n * long_size, other + n * short_size, length, other_length, channels, layers, index, stats + 6 * n,
                                    grad + n * long_size, own, other_own, other_own + short_size, other_own + 2 * short_size, own + long_size,
-                                   other_own + 3 * short_size, other_own + 4 * short_size, dlocal + n * long_size, dother + n * short_size, g);
+                                   other_own + 3 * short_size, other_own + 4 * short_size, other_own + 5 * short_size, dlocal + n * long_size, dother + n * short_size, g);
         free(own);
     }
 }
