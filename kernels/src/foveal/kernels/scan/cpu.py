@@ -17,8 +17,6 @@ from foveal.kernels.scan.inputs import Gradients, Inputs
 
 SOURCE = str(Path(__file__).with_name("scan.c"))
 
-#: Steps between kept states; the constant of scan.c.
-CHUNK = 64
 _TASKS = 64
 _CHANNELS_PER_BLOCK = 8
 
@@ -40,6 +38,7 @@ class Problem(ctypes.Structure):
     )
 
 
+@torch.compiler.assume_constant_result
 def why_not() -> str | None:
     """Reason why the C form cannot run on this machine, or None."""
     return None if native.load(SOURCE) is not None else native.explain(SOURCE)
@@ -100,7 +99,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """(out in u's dtype, last state, states at the start of every chunk of `CHUNK` steps)."""
     problem, wide = _problem(inputs)
     out = torch.empty(wide.u.shape, dtype=wide.u.dtype)
-    checkpoints = out.new_empty(wide.batch, wide.dim, -(-wide.length // CHUNK), wide.state)
+    checkpoints = out.new_empty(wide.checkpoints_shape())
     if wide.length == 0:
         return out.to(inputs.u.dtype), wide.first_state(), checkpoints
     last_state = out.new_empty(wide.batch, wide.dim, wide.state)

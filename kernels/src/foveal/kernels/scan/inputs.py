@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+#: Steps between the states that the forward pass keeps for the backward pass, in every backend (a constant of scan.c too).
+CHUNK = 64
+
 
 class Inputs(NamedTuple):
     """Arguments of `foveal.kernels.selective_scan`, in its order."""
@@ -48,6 +51,10 @@ class Inputs(NamedTuple):
         """The same in the dtype that states are computed in."""
         dtype = self.compute_dtype
         return self._make(value.to(dtype) if isinstance(value, Tensor) else value for value in self)
+
+    def checkpoints_shape(self) -> tuple[int, int, int, int]:
+        """(batch, dim, chunks, state) of the kept states: chunk k's is the one before its first step."""
+        return self.batch, self.dim, -(-self.length // CHUNK), self.state
 
     def first_state(self) -> Tensor:
         """The state before the first step, a new tensor."""
