@@ -67,8 +67,10 @@ def test_the_kernel_is_no_worse_than_eager_torch(
     actual = everything(tensors, **options, backend="triton")
     eager = everything(tensors, **options, backend="reference")
     definition = everything({key: value.double() for key, value in tensors.items()}, **options, backend="reference")
+    slack = 2**-7 if dtype == torch.bfloat16 else 1e-5  # the interpreter cuts bfloat16 off where hardware rounds
     for index, name in enumerate(("out", "last_state", *tensors)):
-        assert_close_to_definition(actual[index], eager[index], definition[index], factor=2.0 if index < 2 else 3.0, name=name)
+        factor = 2.0 if index < 2 else 3.0
+        assert_close_to_definition(actual[index], eager[index], definition[index], factor=factor, slack=slack, name=name)
 
 
 def test_an_empty_sequence_launches_nothing() -> None:
