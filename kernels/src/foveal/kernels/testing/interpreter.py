@@ -21,7 +21,7 @@ from typing import Any
 @functools.cache
 def mend_range_over_tensor_bounds() -> None:
     """Let an interpreted tensor of one element serve as an integer under numpy >= 2.4."""
-    interpreter = importlib.import_module("triton.runtime.interpreter")
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     patch = interpreter._patch_lang_tensor
 
     def patch_and_mend(tensor: Any, scope: Any) -> None:
