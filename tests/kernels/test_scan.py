@@ -29,7 +29,7 @@ CPU_BACKENDS = ["torch", "reference", *(["cpu"] if HAS_C else [])]
 
 def draw(name: str, shape: tuple[int, ...], kind: str = "in") -> np.ndarray:
     """The golden files' rule: standard normal values of a frozen generator seeded by the name."""
-    values = np.random.RandomState(zlib.crc32(f"{kind}:{name}".encode())).standard_normal(shape)  # noqa: NPY002
+    values = np.random.RandomState(zlib.crc32(f"{kind}:{name}".encode())).standard_normal(shape)
     return values.astype(np.float32)
 
 
@@ -232,7 +232,7 @@ def test_an_empty_sequence_gives_the_initial_state_back(backend: str, batch: int
 def test_the_output_is_linear_in_the_input(batch: int, dim: int, length: int, state: int, seed: int) -> None:
     tensors = {key: v.detach() for key, v in sample(batch, dim, length, state, seed=seed, optional=("D", "z", "delta_bias")).items()}
     other = torch.randn(batch, dim, length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    call: Callable[[Tensor], Tensor] = lambda u: selective_scan(**{**tensors, "u": u}, delta_softplus=True)  # noqa: E731
+    call: Callable[[Tensor], Tensor] = lambda u: selective_scan(**{**tensors, "u": u}, delta_softplus=True)
     torch.testing.assert_close(call(2 * tensors["u"] - other), 2 * call(tensors["u"]) - call(other), rtol=1e-9, atol=1e-9)
 
 

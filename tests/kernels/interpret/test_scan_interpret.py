@@ -58,9 +58,7 @@ def everything(tensors: dict[str, Tensor], **options: Any) -> list[Tensor]:
         (3, 3, 3, True, False, torch.float16, 1),
     ],
 )
-def test_the_kernel_is_no_worse_than_eager_torch(
-    b: int, c: int, state: int, optional: bool, reverse: bool, dtype: torch.dtype, length: int
-) -> None:
+def test_the_kernel_is_no_worse_than_eager_torch(b: int, c: int, state: int, optional: bool, reverse: bool, dtype: torch.dtype, length: int) -> None:
     tensors = sample(dtype, b, c, state, optional, length)
     options: dict[str, Any] = {"delta_softplus": optional, "reverse": reverse}
     assert explain(selective_scan, **tensors).backend == "triton"

@@ -20,12 +20,11 @@ SOURCE = str(Path(__file__).with_name("scan.c"))
 _TASKS = 64
 _CHANNELS_PER_BLOCK = 8
 
-_SIZES = "batch dim length state groups_b groups_c constant_b constant_c blocks threads softplus reverse".split()
+_SIZES = ("batch", "dim", "length", "state", "groups_b", "groups_c", "constant_b", "constant_c", "blocks", "threads", "softplus", "reverse")
 _STRIDES = {"u_stride": 3, "delta_stride": 3, "z_stride": 3, "dout_stride": 3, "b_stride": 4, "c_stride": 4}
-_ARRAYS = (
-    "u delta a b c d z delta_bias initial_state out last_state checkpoints dout dlast_state "
-    "du ddelta da db dc dd dz ddelta_bias dinitial_state"
-).split()
+_GIVEN = ("u", "delta", "a", "b", "c", "d", "z", "delta_bias", "initial_state")
+_FORWARD = ("out", "last_state", "checkpoints")
+_BACKWARD = ("dout", "du", "ddelta", "da", "db", "dc", "dd", "dz", "ddelta_bias", "dinitial_state")
 
 
 class Problem(ctypes.Structure):
@@ -34,7 +33,7 @@ class Problem(ctypes.Structure):
     _fields_ = (
         [(name, ctypes.c_int64) for name in _SIZES]
         + [(name, ctypes.c_int64 * count) for name, count in _STRIDES.items()]
-        + [(name, ctypes.c_void_p) for name in _ARRAYS]
+        + [(name, ctypes.c_void_p) for name in (*_GIVEN, *_FORWARD, *_BACKWARD)]
     )
 
 
@@ -76,7 +75,7 @@ def _problem(inputs: Inputs) -> tuple[Problem, Inputs]:
     for name, tensor in (("u", wide.u), ("delta", wide.delta), ("z", wide.z), ("b", b), ("c", c)):
         if tensor is not None:
             setattr(problem, f"{name}_stride", tuple(tensor.stride()))
-    arrays = {"u": wide.u, "delta": wide.delta, "a": wide.A, "b": b, "c": c, "d": wide.D, "z": wide.z}
+    arrays: dict[str, Tensor | None] = {"u": wide.u, "delta": wide.delta, "a": wide.A, "b": b, "c": c, "d": wide.D, "z": wide.z}
     _point(problem, **arrays, delta_bias=wide.delta_bias, initial_state=wide.initial_state)
     return problem, wide
 
@@ -111,17 +110,15 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 def backward(inputs: Inputs, dout: Tensor, dlast_state: Tensor | None, checkpoints: Tensor) -> Gradients:
     """Gradients of every argument, in the type that the scan computes in."""
     problem, wide = _problem(inputs)
-    like = {"dtype": wide.u.dtype}
-    shape_b, shape_c = wide.grouped(wide.B).shape, wide.grouped(wide.C).shape
     dout = dout.to(wide.u.dtype)
     problem.dout_stride = tuple(dout.stride())
+    new = dout.new_zeros
+    du, ddelta = dout.new_empty(wide.u.shape), dout.new_empty(wide.u.shape)
+    dz = None if wide.z is None else dout.new_empty(wide.u.shape)
     lines = (wide.batch, wide.dim)
-    du, ddelta = torch.empty(wide.u.shape, **like), torch.empty(wide.u.shape, **like)
-    dz = None if wide.z is None else torch.empty(wide.u.shape, **like)
-    dA, dD, dbias = torch.zeros(*lines, wide.state, **like), torch.zeros(lines, **like), torch.zeros(lines, **like)
-    dB = torch.zeros(problem.blocks, *(shape_b[:3] + (1,) if wide.B.dim() == 2 else shape_b), **like)
-    dC = torch.zeros(problem.blocks, *(shape_c[:3] + (1,) if wide.C.dim() == 2 else shape_c), **like)
-    carried = torch.zeros(*lines, wide.state, **like) if dlast_state is None else dlast_state.to(**like, copy=True).contiguous()
+    dA, dD, dbias = new(*lines, wide.state), new(lines), new(lines)
+    dB, dC = (new(problem.blocks, *wide.grouped(matrix).shape[:3], 1 if matrix.dim() == 2 else wide.length) for matrix in (wide.B, wide.C))
+    carried = new(*lines, wide.state) if dlast_state is None else dlast_state.to(dtype=dout.dtype, copy=True).contiguous()
     _point(problem, checkpoints=checkpoints, dout=dout, du=du, ddelta=ddelta, da=dA, db=dB, dc=dC, dd=dD, dz=dz)
     _point(problem, ddelta_bias=dbias, dinitial_state=carried)
     _call("selective_scan_backward", problem, wide.u.dtype)

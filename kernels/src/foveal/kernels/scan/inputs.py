@@ -50,7 +50,7 @@ class Inputs(NamedTuple):
     def wide(self) -> Inputs:
         """The same in the dtype that states are computed in."""
         dtype = self.compute_dtype
-        return self._make(value.to(dtype) if isinstance(value, Tensor) else value for value in self)
+        return Inputs._make(value.to(dtype) if isinstance(value, Tensor) else value for value in self)
 
     def checkpoints_shape(self) -> tuple[int, int, int, int]:
         """(batch, dim, chunks, state) of the kept states: chunk k's is the one before its first step."""

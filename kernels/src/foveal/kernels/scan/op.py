@@ -28,9 +28,9 @@ def selective_scan(
     A: Float[Tensor, "dim state"],
     B: Float[Tensor, "dim state"] | Float[Tensor, "batch state length"] | Float[Tensor, "batch groups state length"],
     C: Float[Tensor, "dim state"] | Float[Tensor, "batch state length"] | Float[Tensor, "batch groups state length"],
-    D: Float[Tensor, "dim"] | None = None,
+    D: Float[Tensor, " dim"] | None = None,
     z: Float[Tensor, "batch dim length"] | None = None,
-    delta_bias: Float[Tensor, "dim"] | None = None,
+    delta_bias: Float[Tensor, " dim"] | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
     *,
@@ -204,9 +204,8 @@ def selective_scan_forward(
 @selective_scan_forward.register_fake
 def _(u: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs = Inputs(u, *arguments[:-1])
-    wide = {"dtype": inputs.compute_dtype, "device": u.device}
-    shape = inputs.checkpoints_shape()
-    return u.new_empty(u.shape), torch.empty(inputs.batch, inputs.dim, inputs.state, **wide), torch.empty(shape, **wide)
+    checkpoints = u.new_empty(inputs.checkpoints_shape(), dtype=inputs.compute_dtype)
+    return u.new_empty(u.shape), checkpoints.new_empty(inputs.batch, inputs.dim, inputs.state), checkpoints
 
 
 @torch.library.custom_op("foveal::selective_scan_backward", mutates_args=())
@@ -231,8 +230,10 @@ def selective_scan_backward(
     inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse)
     with torch.autocast(u.device.type, enabled=False):
         gradients = _implementation(backend).backward(inputs, dout, dlast_state, checkpoints)
-    present = zip(gradients, inputs, strict=False)
-    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = (u.new_empty(0) if value is None else grad.to(value.dtype) for grad, value in present)
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = (
+        u.new_empty(0) if value is None else gradient.to(value.dtype) for gradient, value in zip(gradients, tensors, strict=True)
+    )
     return du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial
 
 
@@ -270,9 +271,9 @@ def _differentiate_twice(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
     """The gradient of the gradient, through the definition: it holds every state. The kept states are functions of the inputs there."""
     delta_softplus, reverse = ctx.options
     with torch.enable_grad():
-        leaves = [value if value is None else value.detach().requires_grad_() for value in ctx.saved_tensors]
+        leaves: list[Any] = [value if value is None else value.detach().requires_grad_() for value in ctx.saved_tensors]
         dout, dlast_state, *tensors = leaves
-        wide = Inputs(*tensors, delta_softplus, reverse).wide()
+        wide = Inputs._make([*tensors, delta_softplus, reverse]).wide()
         out, last_state = selective_scan_reference(*wide[:8], delta_softplus, reverse=reverse, initial_state=wide.initial_state)
         results, into = ([out], [dout.to(out.dtype)]) if dlast_state is None else ([out, last_state], [dout.to(out.dtype), dlast_state])
         present = [value for value in tensors if value is not None]
@@ -289,7 +290,7 @@ selective_scan_backward.register_autograd(_differentiate_twice, setup_context=_r
 
 
 def _one_by_one(operator: Any, info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, Any]:
-    """vmap by a loop, where a mapped weight or its gradient leaves nothing to fold."""
+    """Map by a loop, where a mapped weight or its gradient leaves nothing to fold."""
     mapped = [value if dim is None else value.movedim(dim, 0) for value, dim in zip(arguments, in_dims, strict=True)]
     each = [operator(*(v if dim is None else v[i] for v, dim in zip(mapped, in_dims, strict=True))) for i in range(info.batch_size)]
     return tuple(torch.stack(results) for results in zip(*each, strict=True)), (0,) * len(each[0])

@@ -43,8 +43,9 @@ typedef struct {
     int64_t u_stride[3], delta_stride[3], z_stride[3], dout_stride[3], b_stride[4], c_stride[4];
     const void *u, *delta, *a, *b, *c, *d, *z, *delta_bias, *initial_state;
     void *out, *last_state, *checkpoints;
-    const void *dout, *dlast_state;
-    void *du, *ddelta, *da, *db, *dc, *dd, *dz, *ddelta_bias, *dinitial_state;
+    const void *dout;
+    void *du, *ddelta, *da, *db, *dc, *dd, *dz, *ddelta_bias; /* per batch element and channel; db, dc: per block of channels too */
+    void *dinitial_state;                                     /* holds the gradient of the last state when the backward pass starts */
 } Problem;
 
 /* exp(x) = 2^n exp(r) with |r| <= log(2) / 2 and the Taylor series of exp(r): within 2 units in the last place; NaN stays NaN.

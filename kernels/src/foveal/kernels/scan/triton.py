@@ -202,7 +202,7 @@ def _block_n(state: int) -> int:
 
 
 def _contiguous(inputs: Inputs) -> Inputs:
-    return inputs._replace(**{name: value.contiguous() for name, value in inputs._asdict().items() if isinstance(value, Tensor)})
+    return Inputs._make(value.contiguous() if isinstance(value, Tensor) else value for value in inputs)
 
 
 def _sizes(inputs: Inputs) -> tuple[tuple[int, ...], dict[str, Any]]:
@@ -296,8 +296,8 @@ def compile_cases() -> list[CompileCase]:
             low = "*bf16" if variant.endswith("bf16") else "*fp32"
             optional = {"D": "*fp32", "z": low, "bias": "*fp32"}
             common = {"u": low, "delta": low, "A": "*fp32", "B": low, "C": low, **(optional if full else {})}
-            sizes = {name: "i32" for name in ("dim", "length", "chunks", "per_b", "per_c")}
-            constants = {
+            sizes = dict.fromkeys(("dim", "length", "chunks", "per_b", "per_c"), "i32")
+            constants: dict[str, Any] = {
                 **({} if full else dict.fromkeys(optional)),
                 "STATE": state,
                 "BLOCK_N": _block_n(state),
@@ -310,10 +310,13 @@ def compile_cases() -> list[CompileCase]:
             kept = {"initial_state": "*fp32", "out": low, "last_state": "*fp32", "checkpoints": "*fp32"}
             gradients = {"dA": "*fp32", "dB": "*fp32", "dC": "*fp32", "carried": "*fp32", "du": low, "ddelta": low, "dout": low}
             gradients |= {"checkpoints": "*fp32", "per_block": "i32"}
-            absent = {} if full else {"dD": None, "dz": None, "dbias": None}
+            absent: dict[str, Any] = {} if full else {"dD": None, "dz": None, "dbias": None}
             gradients |= {"dD": "*fp32", "dz": low, "dbias": "*fp32"} if full else {}
             quick = state == 16 and variant == "full-bf16"
             options: dict[str, Any] = {"num_warps": _WARPS[_block_n(state)], "num_stages": 1, "quick": quick}
-            cases.append(CompileCase(f"forward-n{state}-{variant}", forward_kernel, {**common, **kept, **sizes}, constants, **options))
-            cases.append(CompileCase(f"backward-n{state}-{variant}", backward_kernel, {**common, **gradients, **sizes}, constants | absent, **options))
+            for name, kernel, arguments, values in (
+                ("forward", forward_kernel, kept, constants),
+                ("backward", backward_kernel, gradients, constants | absent),
+            ):
+                cases.append(CompileCase(f"{name}-n{state}-{variant}", kernel, {**common, **arguments, **sizes}, values, **options))
     return cases
