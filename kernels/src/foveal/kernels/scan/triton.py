@@ -24,8 +24,8 @@ from torch import Tensor
 from foveal.kernels.scan.inputs import CHUNK, Gradients, Inputs
 from foveal.kernels.testing.compile import CompileCase
 
-#: Warps of a program by padded state size: 8 or 16 states of a tile a thread.
-_WARPS = {16: 4, 32: 4, 64: 8}
+#: Warps of a program by padded state size: 8 numbers of a tile a thread, more would not stay in registers.
+_WARPS = {16: 4, 32: 8, 64: 16}
 #: Programs that the backward pass aims at; more of them means smaller blocks of channels and more partial sums.
 _PROGRAMS = 1024
 
