@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from side_by_side import Contestants, comparison, main
 from torch import Tensor
 
-from foveal.kernels import attention
+from foveal.kernels import attention, selective_scan
 
 
 def forward_and_backward(operator: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], None]:
@@ -78,6 +78,21 @@ def short_attention() -> Contestants:
         "matmul, softmax, matmul": forward_and_backward(lambda: torch.softmax(q @ k.mT * 32**-0.5 + bias, -1) @ v, leaves),
         "sdpa (math path)": forward_and_backward(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias), leaves),
     }
+
+
+@comparison("selective scan, B1 L1000 D256 N16, forward+backward", baseline="step by step in torch", promise=100.0)
+def scan() -> Contestants:
+    torch.manual_seed(0)
+    u, delta, z = (torch.randn(1, 256, 1000, requires_grad=True) for _ in range(3))
+    rate = (-torch.arange(1.0, 17.0).repeat(256, 1)).requires_grad_()
+    b, c = (torch.randn(1, 16, 1000, requires_grad=True) for _ in range(2))
+    skip, bias = (torch.randn(256, requires_grad=True) for _ in range(2))
+    leaves = [u, delta, rate, b, c, skip, z, bias]
+
+    def scanned(backend: str | None) -> Callable[[], None]:
+        return forward_and_backward(lambda: selective_scan(*leaves, delta_softplus=True, backend=backend), leaves)
+
+    return {"foveal": scanned(None), "torch form": scanned("torch"), "step by step in torch": scanned("reference")}
 
 
 if __name__ == "__main__":
