@@ -18,13 +18,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from foveal.kernels.dense.op import attention
     from foveal.kernels.dispatch import Explanation, explain
+    from foveal.kernels.multiscale.op import channel_norm, depthwise_norm, gated_injection
     from foveal.kernels.scan.op import selective_scan
     from foveal.kernels.segment.op import CSR, segment_attention, segment_reduce, segment_softmax
 
-__all__ = ["CSR", "Explanation", "attention", "explain", "segment_attention", "segment_reduce", "segment_softmax", "selective_scan"]
+__all__ = [
+    "CSR",
+    "Explanation",
+    "attention",
+    "channel_norm",
+    "depthwise_norm",
+    "explain",
+    "gated_injection",
+    "segment_attention",
+    "segment_reduce",
+    "segment_softmax",
+    "selective_scan",
+]
 
 _HOME = {
     "attention": "dense.op",
+    "channel_norm": "multiscale.op",
+    "depthwise_norm": "multiscale.op",
+    "gated_injection": "multiscale.op",
     "selective_scan": "scan.op",
     "CSR": "segment.op",
     "segment_attention": "segment.op",

@@ -68,11 +68,12 @@ def _tiger_table(config: TIGERConfig) -> Table:
         entry(f"{msa}.expand.weight", (f"{official}.proj_1x1.conv.weight", (hidden, channels, 1)))
         entry(f"{msa}.expand.bias", (f"{official}.proj_1x1.conv.bias", (hidden,)))
         norm(f"{msa}.expand_norm", f"{official}.proj_1x1.norm", hidden)
-        entry(f"{msa}.expand_slope", (f"{official}.proj_1x1.act.weight", (1,)))
+        entry(f"{msa}.expand_norm.slope", (f"{official}.proj_1x1.act.weight", (1,)))
         for scale in range(config.scales):
-            entry(f"{msa}.downsample.{scale}.weight", (f"{official}.spp_dw.{scale}.conv.weight", (hidden, 1, 5)))
+            entry(f"{msa}.downsample.{scale}.taps", (f"{official}.spp_dw.{scale}.conv.weight", (hidden, 1, 5)))
             entry(f"{msa}.downsample.{scale}.bias", (f"{official}.spp_dw.{scale}.conv.bias", (hidden,)))
-            norm(f"{msa}.downsample.{scale}.norm", f"{official}.spp_dw.{scale}.norm", hidden)
+            entry(f"{msa}.downsample.{scale}.norm_weight", (f"{official}.spp_dw.{scale}.norm.weight", (hidden,)))
+            entry(f"{msa}.downsample.{scale}.norm_bias", (f"{official}.spp_dw.{scale}.norm.bias", (hidden,)))
         for layer in ("expand", "project"):
             theirs = f"{official}.globalatt.{'fc1' if layer == 'expand' else 'fc2'}"
             entry(f"{msa}.context.{layer}.weight", (f"{theirs}.conv.weight", (hidden, hidden, 1)))
@@ -81,9 +82,10 @@ def _tiger_table(config: TIGERConfig) -> Table:
         entry(f"{msa}.context.depthwise.bias", (f"{official}.globalatt.dwconv.bias", (hidden,)))
         for ours, theirs, count, size in (("inject", "loc_glo_fus", config.scales, 1), ("merge", "last_layer", config.scales - 1, 5)):
             for index in range(count):
-                for part, their_part in (("local", "local_embedding"), ("gate", "global_act"), ("shift", "global_embedding")):
-                    entry(f"{msa}.{ours}.{index}.{part}.weight", (f"{official}.{theirs}.{index}.{their_part}.conv.weight", (hidden, 1, size)))
-                    norm(f"{msa}.{ours}.{index}.{part}.norm", f"{official}.{theirs}.{index}.{their_part}.norm", hidden)
+                parts = [f"{official}.{theirs}.{index}.{part}" for part in ("local_embedding", "global_act", "global_embedding")]
+                entry(f"{msa}.{ours}.{index}.taps", *((f"{part}.conv.weight", (hidden, 1, size)) for part in parts))
+                entry(f"{msa}.{ours}.{index}.norm_weight", *((f"{part}.norm.weight", (hidden,)) for part in parts))
+                entry(f"{msa}.{ours}.{index}.norm_bias", *((f"{part}.norm.bias", (hidden,)) for part in parts))
         entry(f"{msa}.project.weight", (f"{official}.res_conv.weight", (channels, hidden, 1)))
         entry(f"{msa}.project.bias", (f"{official}.res_conv.bias", (channels,)))
 

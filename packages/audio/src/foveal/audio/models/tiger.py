@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
+from foveal.kernels import channel_norm, depthwise_norm, gated_injection
+
 #: Band plan of the speech model at 16 kHz: (number of bands, width in Hz), low to high; what is left above is one more band.
 SPEECH_BANDS = ((40, 25.0), (10, 100.0), (8, 250.0), (8, 500.0))
 #: Band plan of the cinematic model (dialogue, effects, music) at 44.1 kHz.
 CINEMATIC_BANDS = ((20, 50.0), (10, 100.0), (8, 250.0), (8, 500.0), (8, 1000.0), (2, 2000.0))
 
-_SEQUENCE_EPS = 1e-8  # of the norms over a whole sequence (gLN)
 _BAND_EPS = torch.finfo(torch.float32).eps  # of the norm in front of the band split, in every dtype
 
 
@@ -79,56 +80,40 @@ class TIGERConfig:
 
 
 @functools.lru_cache(maxsize=256)
-def _nearest_index(source: int, target: int, device: torch.device) -> Tensor:
-    """Positions that nearest-neighbour interpolation from `source` to `target` entries reads, rounding included."""
-    positions = torch.arange(source, dtype=torch.float32)[None, None]
-    return F.interpolate(positions, size=target, mode="nearest")[0, 0].long().to(device)
-
-
-@functools.lru_cache(maxsize=256)
 def _pooling_matrix(source: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(target, source) matrix of adaptive average pooling."""
     return F.adaptive_avg_pool1d(torch.eye(source, dtype=dtype, device=device)[None], target)[0].T.contiguous()
 
 
-def _sequence_norm(x: Float[Tensor, "sequence length channels"], weight: Float[Tensor, " channels"], bias: Float[Tensor, " channels"]) -> Tensor:
-    """Normalise each sequence over its length and channels together, then scale and shift each channel (gLN)."""
-    shape = x.shape[-2:]
-    return F.layer_norm(x, shape, weight.expand(shape), bias.expand(shape), _SEQUENCE_EPS)
-
-
 class SequenceNorm(nn.Module):
-    """Global layer norm: statistics over length and channels of one sequence, one scale and shift a channel."""
+    """Global layer norm: statistics over length and channels of one sequence, one scale and shift a channel; optionally a PReLU after it."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, prelu: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
+        self.slope = nn.Parameter(torch.full((1,), 0.25)) if prelu else None
 
     def forward(self, x: Float[Tensor, "sequence length channels"]) -> Float[Tensor, "sequence length channels"]:
         """Normalised `x`."""
-        return _sequence_norm(x, self.weight, self.bias)
+        return depthwise_norm(x, None, None, self.weight, self.bias, self.slope)
 
 
 class DepthwiseNorm(nn.Module):
-    """Depthwise convolution along the sequence, then `SequenceNorm`."""
+    """Depthwise convolution along the sequence (kernel 5), then the norm of `SequenceNorm`."""
 
-    def __init__(self, channels: int, kernel_size: int, stride: int = 1, bias: bool = False, norm: bool = True) -> None:
+    def __init__(self, channels: int, stride: int) -> None:
         super().__init__()
-        self.kernel_size, self.stride = kernel_size, stride
-        convolution = nn.Conv1d(channels, channels, kernel_size, groups=channels, bias=bias)
-        self.weight, self.bias = convolution.weight, convolution.bias
-        self.norm = SequenceNorm(channels) if norm else None
+        self.stride = stride
+        convolution = nn.Conv1d(channels, channels, 5, groups=channels)
+        self.taps = nn.Parameter(convolution.weight.detach()[:, 0])
+        self.bias = convolution.bias
+        self.norm_weight = nn.Parameter(torch.ones(channels))
+        self.norm_bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Float[Tensor, "sequence length channels"]) -> Float[Tensor, "sequence shorter channels"]:
         """Convolved and normalised `x`."""
-        if self.kernel_size == 1 and self.stride == 1:
-            x = x * self.weight[:, 0, 0] if self.bias is None else torch.addcmul(self.bias, x, self.weight[:, 0, 0])
-        else:
-            image = x[:, None].permute(0, 3, 1, 2)  # a channels-last image of height one: no copy on the way in or out
-            image = F.conv2d(image, self.weight[:, :, None], self.bias, (1, self.stride), (0, self.kernel_size // 2), groups=x.shape[-1])
-            x = image.permute(0, 2, 3, 1)[:, 0]
-        return x if self.norm is None else self.norm(x)
+        return depthwise_norm(x, self.taps, self.bias, self.norm_weight, self.norm_bias, stride=self.stride)
 
 
 class Injection(nn.Module):
@@ -136,19 +121,16 @@ class Injection(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__()
-        self.local = DepthwiseNorm(channels, kernel_size)
-        self.gate = DepthwiseNorm(channels, kernel_size)
-        self.shift = DepthwiseNorm(channels, kernel_size)
+        layers = [nn.Conv1d(channels, channels, kernel_size, groups=channels) for _ in range(3)]
+        self.taps = nn.Parameter(torch.stack([layer.weight.detach()[:, 0] for layer in layers]))  # local, gate, shift
+        self.norm_weight = nn.Parameter(torch.ones(3, channels))
+        self.norm_bias = nn.Parameter(torch.zeros(3, channels))
 
     def forward(
         self, local: Float[Tensor, "sequence length channels"], other: Float[Tensor, "sequence other channels"]
     ) -> Float[Tensor, "sequence length channels"]:
-        """local * sigmoid(gate(other)) + shift(other), at the length of `local`."""
-        gate, shift = torch.sigmoid(self.gate(other)), self.shift(other)
-        if other.shape[1] != local.shape[1]:
-            index = _nearest_index(other.shape[1], local.shape[1], local.device)
-            gate, shift = gate.index_select(1, index), shift.index_select(1, index)
-        return torch.addcmul(shift, self.local(local), gate)
+        """norm(conv(local)) * sigmoid(norm(conv(other))) + norm(conv(other)), at the length of `local`."""
+        return gated_injection(local, other, self.taps, self.norm_weight, self.norm_bias)
 
 
 class GlobalContext(nn.Module):
@@ -158,14 +140,15 @@ class GlobalContext(nn.Module):
         super().__init__()
         self.expand = nn.Linear(channels, channels, bias=False)
         self.expand_norm = SequenceNorm(channels)
-        self.depthwise = DepthwiseNorm(channels, 5, bias=True, norm=False)
+        self.depthwise = nn.Conv1d(channels, channels, 5, padding=2, groups=channels)
         self.project = nn.Linear(channels, channels, bias=False)
         self.project_norm = SequenceNorm(channels)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "sequence length channels"]) -> Float[Tensor, "sequence length channels"]:
         """Context of the whole sequence, at the same length."""
-        x = self.dropout(F.relu(self.depthwise(self.expand_norm(self.expand(x)))))
+        x = self.expand_norm(self.expand(x)).transpose(1, 2)
+        x = self.dropout(F.relu(self.depthwise(x))).transpose(1, 2)
         return self.dropout(self.project_norm(self.project(x)))
 
 
@@ -179,9 +162,8 @@ class MultiScaleSelectiveAttention(nn.Module):
     def __init__(self, channels: int, hidden_channels: int, scales: int, dropout: float) -> None:
         super().__init__()
         self.expand = nn.Linear(channels, hidden_channels)
-        self.expand_norm = SequenceNorm(hidden_channels)
-        self.expand_slope = nn.Parameter(torch.full((1,), 0.25))
-        self.downsample = nn.ModuleList(DepthwiseNorm(hidden_channels, 5, stride=1 if scale == 0 else 2, bias=True) for scale in range(scales))
+        self.expand_norm = SequenceNorm(hidden_channels, prelu=True)
+        self.downsample = nn.ModuleList(DepthwiseNorm(hidden_channels, stride=1 if scale == 0 else 2) for scale in range(scales))
         self.context = GlobalContext(hidden_channels, dropout)
         self.inject = nn.ModuleList(Injection(hidden_channels, 1) for _ in range(scales))
         self.merge = nn.ModuleList(Injection(hidden_channels, 5) for _ in range(scales - 1))
@@ -189,7 +171,7 @@ class MultiScaleSelectiveAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "sequence length channels"]) -> Float[Tensor, "sequence length channels"]:
         """x plus what was seen at all scales."""
-        scale = F.prelu(self.expand_norm(self.expand(x)), self.expand_slope)
+        scale = self.expand_norm(self.expand(x))
         scales = []
         for downsample in self.downsample:
             scale = downsample(scale)
@@ -208,10 +190,7 @@ class MultiScaleSelectiveAttention(nn.Module):
 
 
 class ChannelNorm(nn.Module):
-    """Slope of a PReLU and a LayerNorm over groups of channels at every position, after a pointwise convolution.
-
-    `groups` are the channel counts normalised together: (heads * 2) of queries and keys, then `heads` of values.
-    """
+    """PReLU and a LayerNorm over groups of channels at every position, after a pointwise convolution; `groups` are their channel counts."""
 
     def __init__(self, groups: tuple[int, ...]) -> None:
         super().__init__()
@@ -222,21 +201,7 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*position channels"]) -> Float[Tensor, "*position channels"]:
         """PReLU and norm of each group, scaled and shifted a channel."""
-        if len(self.groups) == 1:
-            return F.layer_norm(F.prelu(x, self.slope), (x.shape[-1],), self.weight, self.bias)
-        counts = torch.tensor(self.groups, device=x.device)
-        slope = self.slope.repeat_interleave(counts, output_size=x.shape[-1])
-        x = torch.where(x > 0, x, x * slope)
-        pieces, start = [], 0
-        while start < len(self.groups):  # equal neighbours are normalised in one call
-            size, stop = self.groups[start], start
-            while stop < len(self.groups) and self.groups[stop] == size:
-                stop += 1
-            offset, width = sum(self.groups[:start]), size * (stop - start)
-            piece = x.narrow(-1, offset, width).unflatten(-1, (stop - start, size))
-            pieces.append(F.layer_norm(piece, (size,)).flatten(-2))
-            start = stop
-        return torch.addcmul(self.bias, torch.cat(pieces, -1), self.weight)
+        return channel_norm(x, self.slope, self.weight, self.bias, self.groups)
 
 
 class FullFrequencyFrameAttention(nn.Module):

@@ -1,0 +1,186 @@
+"""``fit``, ``validate``, ``test`` and ``predict`` of every domain: LightningCLI with a run folder, tracking and exact resuming.
+
+    foveal audio fit --config configs/audio/tiger_small.yaml --trainer.max_epochs 20
+    foveal audio fit --config configs/audio/tiger_small.yaml --ckpt_path last
+
+A run writes ``runs/<domain>/<experiment>/<time>/`` with config.yaml, metrics.csv, curves.png, checkpoints/ and wandb/; the experiment is the
+config file's name. ``--ckpt_path last`` goes on in the folder of the experiment's newest run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from foveal.core import run_folder
+from foveal.core.curves import DrawCurves
+from foveal.core.errors import UserError
+from foveal.core.progress import ProgressLines
+from foveal.core.resume_point import ResumePoint
+from foveal.core.tracking import MetricsFile, Wandb
+
+_WANDB = f"{Wandb.__module__}.{Wandb.__qualname__}"
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """``checkpoints/best.ckpt``: the model with the best value of a validation metric.
+
+    Args:
+        monitor: name of the metric, such as ``val/si_sdr``; None keeps the newest after each validation.
+        mode: whether smaller or larger is better.
+    """
+
+    def __init__(self, monitor: str | None = None, mode: Literal["min", "max"] = "min", dirpath: str | None = None) -> None:
+        super().__init__(dirpath=dirpath, filename="best", monitor=monitor, mode=mode, save_top_k=1, enable_version_counter=False)
+
+
+class OneLineParser(LightningArgumentParser):
+    """A parser whose errors are one line, raised for the caller to print."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        lines = [line.strip(" -") for line in str(message).splitlines() if line.strip(" -")]
+        raise UserError(f"{'; '.join(lines)}; see {self.prog.split(' [')[0]} --help") from ex
+
+
+class FovealCLI(LightningCLI):
+    """Runs a verb of a domain.
+
+    Args:
+        domain: names the folder below ``runs/`` and wandb's project.
+        model: base class of the config's ``model``; the config's ``class_path`` names the class.
+        data: base class of the config's ``data``.
+        args: command line, starting with the verb.
+        monitor: the metric that chooses best.ckpt, unless ``--best.monitor`` says otherwise.
+        mode: whether its smaller or its larger values are better.
+        **kwargs: further arguments of LightningCLI.
+
+    Raises:
+        UserError: unknown key, bad value, unreadable config or checkpoint.
+        KeyboardInterrupt: the user stopped the run.
+    """
+
+    def __init__(
+        self,
+        domain: str,
+        args: list[str],
+        *,
+        model: type[LightningModule] | Callable[..., LightningModule] | None = None,
+        data: type[LightningDataModule] | Callable[..., LightningDataModule] | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        **kwargs: Any,
+    ) -> None:
+        self.domain = domain
+        self._best = {"monitor": monitor, "mode": mode}
+        self.run_folder: Path | None = None
+        kwargs.setdefault("subclass_mode_model", True)
+        kwargs.setdefault("subclass_mode_data", True)
+        kwargs.setdefault("seed_everything_default", 0)
+        try:
+            super().__init__(
+                model,
+                data,
+                args=args,
+                parser_class=OneLineParser,
+                parser_kwargs={"prog": f"foveal {domain}", "description": f"Train and evaluate the models of foveal.{domain}."},
+                save_config_kwargs={"overwrite": True},
+                **kwargs,
+            )
+        except (MisconfigurationException, yaml.YAMLError) as error:
+            raise UserError(str(error)) from error
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--experiment", type=str | None, default=None, help="Name of the experiment (default: the config file's name).")
+        parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
+        parser.add_lightning_class_args(ResumePoint, "resume_point")
+        parser.add_lightning_class_args(BestCheckpoint, "best")
+        logger = {"class_path": _WANDB, "init_args": {"offline": True}}
+        parser.set_defaults({"trainer.logger": logger, "best.monitor": self._best["monitor"], "best.mode": self._best["mode"]})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    @property
+    def settings(self) -> Namespace:
+        """The config of the chosen verb."""
+        return self.config[str(self.subcommand)]
+
+    def before_instantiate_classes(self) -> None:
+        settings, fitting = self.settings, self.subcommand == "fit"
+        experiment = settings.experiment or self._experiment_of_config()
+        wanted = settings.get("ckpt_path")
+        resumed = None
+        if wanted in ("last", "best"):
+            found = run_folder.newest_checkpoint(settings.runs, self.domain, experiment, f"{wanted}.ckpt")
+            if found is None:
+                where = Path(settings.runs) / self.domain / experiment
+                if not (fitting and wanted == "last"):
+                    raise UserError(f"expected a run with checkpoints/{wanted}.ckpt below {where}; there is none; run fit first or name a file")
+                print(f"no interrupted run below {where}: starting a new one", file=sys.stderr)
+            settings.ckpt_path = None if found is None else str(found)
+        elif wanted and not Path(wanted).exists():
+            raise UserError(f"expected a checkpoint file, 'last' or 'best'; {wanted} does not exist; check --ckpt_path")
+        if fitting and settings.ckpt_path:
+            resumed = run_folder.run_of(settings.ckpt_path)
+        told = run_folder.VARIABLE in os.environ
+        folder = resumed if resumed and not told else run_folder.new_run_folder(settings.runs, self.domain, experiment)
+        if not settings.trainer.get("fast_dev_run"):
+            os.environ[run_folder.VARIABLE] = str(folder)
+        self.run_folder = folder
+        settings.resume_point.folder = settings.best.dirpath = str(folder / "checkpoints") if fitting else None
+        self._place_logger(settings, folder, experiment)
+        if resumed:
+            print(f"resuming {folder} from {Path(settings.ckpt_path).name}", file=sys.stderr)
+
+    def _experiment_of_config(self) -> str:
+        files = self.settings.get("config") or self.config.get("config") or []
+        return Path(str(files[-1])).stem if files else "unnamed"
+
+    def _place_logger(self, settings: Namespace, folder: Path, experiment: str) -> None:
+        logger = settings.trainer.logger
+        if isinstance(logger, Namespace) and logger.class_path == _WANDB:
+            if self.subcommand != "fit":
+                settings.trainer.logger = False  # validation prints its table; wandb follows trainings
+                return
+            init = logger.init_args
+            init.save_dir = init.save_dir or str(folder)
+            init.project = init.project or f"foveal-{self.domain}"
+            init.name = init.name or f"{experiment} {folder.name}"
+            init.run_id = init.run_id or f"{experiment}-{folder.name}"
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        assert self.run_folder is not None
+        chosen = self._get(self.config_init, "trainer")
+        quiet = chosen.get("fast_dev_run") or self.subcommand != "fit"
+        loggers = chosen.get("logger")
+        listed = loggers if isinstance(loggers, list) else [loggers] if loggers not in (None, True, False) else []
+        callbacks: list[Callback] = list(chosen.get("callbacks") or [])
+        if not quiet:
+            kwargs["logger"] = [*listed, MetricsFile(self.run_folder)]
+            callbacks.append(DrawCurves(self.run_folder))
+        if chosen.get("enable_progress_bar") is not False:
+            on_terminal = sys.stderr.isatty()
+            kwargs["enable_progress_bar"] = on_terminal
+            callbacks.append(RichProgressBar() if on_terminal else ProgressLines())
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit:
+            # Lightning turns Ctrl-C into exit code 1 after tidying up.
+            if self.trainer.interrupted:
+                raise KeyboardInterrupt from None
+            raise
+        finally:
+            os.environ.pop(run_folder.VARIABLE, None)

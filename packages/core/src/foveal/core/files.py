@@ -1,0 +1,98 @@
+"""The user's files: which ones were named, where results go, and writing so that an interruption leaves no half file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from foveal.core.errors import UserError
+
+
+def collect_inputs(paths: Iterable[str | Path], suffixes: Iterable[str]) -> list[Path]:
+    """Files that the user named, and those with one of `suffixes` in the folders that the user named (subfolders too), sorted, each once.
+
+    A file named directly is taken whatever its suffix: its content decides.
+
+    Args:
+        paths: files and folders.
+        suffixes: with their dot, in lower case, such as ``{".wav", ".flac"}``; the case of a file's own suffix does not matter.
+
+    Raises:
+        UserError: a path does not exist, or a folder holds no such file, or nothing was named.
+    """
+    wanted = {suffix.lower() for suffix in suffixes}
+    found: set[Path] = set()
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = {file for file in path.rglob("*") if file.suffix.lower() in wanted and file.is_file()}
+            if not inside:
+                raise UserError(f"expected files ending in {', '.join(sorted(wanted))} in folder {path}; found none; name another folder or the files")
+            found |= inside
+        elif path.exists():
+            found.add(path)
+        else:
+            raise UserError(f"expected an existing file or folder; {path} does not exist; check the path")
+    if not found:
+        raise UserError("expected at least one input file or folder; none was named")
+    return sorted(found)
+
+
+def output_folder(path: str | Path, overwrite: bool = False, names: Iterable[str] = ()) -> Path:
+    """Create the folder `path` if need be, and make sure that files can be written into it.
+
+    Args:
+        path: the folder.
+        overwrite: whether existing outputs may be replaced.
+        names: files that the caller must not find there unless `overwrite`; a command that keeps existing outputs and goes on names none.
+
+    Raises:
+        UserError: `path` is a file, cannot be created or written, or holds one of `names` and `overwrite` is false.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"expected a folder for the output; {folder} is, or lies below, a file; choose another -o/--output") from None
+    except OSError as error:
+        raise UserError(f"expected an output folder that can be created; {folder}: {error.strerror}; choose another -o/--output") from None
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"expected an output folder that can be written; {folder}: {error.strerror}; choose another -o/--output") from None
+    if not overwrite:
+        for name in names:
+            if (folder / name).exists():
+                raise UserError(f"{folder / name} already exists; pass --overwrite to replace it, or choose another -o/--output")
+    return folder
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Give a path beside `path` to write to, and rename it to `path` when the block ends well; otherwise nothing is left.
+
+    The temporary name keeps the suffix of `path`, because writers of sounds and pictures choose the format by it.
+
+    Raises:
+        UserError: the folder does not exist or cannot be written, or the disk is full.
+    """
+    target = Path(path)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
+    except OSError as error:
+        raise UserError(f"expected to be able to write {target}; {error.strerror}; choose another output") from None
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # mkstemp makes files that only the owner may read
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"expected to be able to write {target}; {error.strerror or error}; free some space or choose another output") from error
+    finally:
+        temporary.unlink(missing_ok=True)

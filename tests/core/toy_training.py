@@ -1,0 +1,75 @@
+"""A small network on random data that uses everything a resumed run must restore: dropout, augmentation, running means, a plateau schedule."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics import MeanMetric
+
+from foveal.core.resumable import ResumableDataLoader
+
+
+class NoisyPoints(Dataset):
+    """(input, target) pairs whose inputs get noise from three generators each time they are drawn."""
+
+    def __init__(self, count: int, noise: float) -> None:
+        generator = torch.Generator().manual_seed(count)
+        self.inputs = torch.randn(count, 6, generator=generator)
+        self.targets = self.inputs.sin().sum(1, keepdim=True)
+        self.noise = noise
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        shift = torch.randn(6) + float(np.random.normal()) + random.gauss(0, 1)
+        return self.inputs[index] + self.noise * shift, self.targets[index]
+
+
+class ToyData(pl.LightningDataModule):
+    """42 training and 8 validation points."""
+
+    def __init__(self, workers: int = 0, batch_size: int = 4) -> None:
+        super().__init__()
+        self.workers = workers
+        self.batch_size = batch_size
+
+    def train_dataloader(self) -> DataLoader:
+        return ResumableDataLoader(NoisyPoints(42, 0.1), self.batch_size, seed=3, num_workers=self.workers)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(NoisyPoints(8, 0.0), 4)
+
+
+class ToyTask(pl.LightningModule):
+    """Regression; `step_seconds` slows it down so that a test can kill it in the middle."""
+
+    def __init__(self, step_seconds: float = 0.0, learning_rate: float = 1e-2) -> None:
+        super().__init__()
+        self.step_seconds = step_seconds
+        self.learning_rate = learning_rate
+        self.net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 1))
+        self.train_error = MeanMetric()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        time.sleep(self.step_seconds)
+        loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        self.log("train/loss", loss, on_step=True, on_epoch=True)
+        self.train_error.update(loss.detach())
+        self.log("train/error", self.train_error, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("val/loss", nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val/loss"}}
