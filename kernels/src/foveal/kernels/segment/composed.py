@@ -85,7 +85,7 @@ def attention_gradients(
     backend: str,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, bias, envelope and gate, differentiable in all of them and in the incoming gradients."""
-    indptr, column, permutation = rows
+    indptr, _, permutation = rows
     edges = permutation.shape[0]
     both = (*rows, *turned, backend)
     back = (*turned, *rows, backend)

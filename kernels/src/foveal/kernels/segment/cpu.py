@@ -41,6 +41,11 @@ def why_not(*tensors: Tensor | None) -> str | None:
     for tensor in tensors:
         if tensor is not None and tensor.device.type != "cpu":
             return f"it needs tensors on the CPU, these are on {tensor.device.type}"
+    return _why_no_library()
+
+
+@torch.compiler.assume_constant_result
+def _why_no_library() -> str | None:
     return None if native.load(_SOURCE) is not None else native.explain(_SOURCE)
 
 

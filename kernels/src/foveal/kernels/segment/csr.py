@@ -5,8 +5,7 @@ Direction follows PyTorch Geometric: ``edge_index[0]`` holds the sources j, ``ed
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +35,8 @@ class CSR:
     source: Int[Tensor, " edges"]
     permutation: Int[Tensor, " edges"]
     num_sources: int
+    #: Holds `transposed` once it was asked for: a list, because torch.compile traces it where it does not trace functools.cached_property.
+    _turned: list[CSR] = field(default_factory=list, init=False, repr=False)
 
     @staticmethod
     def from_edge_index(edge_index: Int[Tensor, "2 edges"], num_nodes: int | None = None, num_sources: int | None = None) -> CSR:
@@ -75,19 +76,21 @@ class CSR:
         """Number of edges; a pair joined twice counts twice."""
         return self.source.shape[0]
 
-    @cached_property
+    @property
     def target(self) -> Int[Tensor, " edges"]:
         """Target node of each position: `indptr` written out."""
         return _rows(self.indptr, self.num_edges)
 
-    @cached_property
+    @property
     def transposed(self) -> CSR:
         """The same edges grouped by source, their `permutation` still the caller's edges: the rows of the keys' and values' gradient.
 
         Sorted when first asked for, then kept.
         """
-        indptr, column, permutation = torch.ops.foveal.segment_transpose(self.indptr, self.source, self.permutation, self.num_sources)
-        return CSR(indptr, column, permutation, self.num_nodes)
+        if not self._turned:
+            rows = torch.ops.foveal.segment_transpose(self.indptr, self.source, self.permutation, self.num_sources)
+            self._turned.append(CSR(*rows, self.num_nodes))
+        return self._turned[0]
 
     def edge_index(self) -> Int[Tensor, "2 edges"]:
         """Sources and targets in the caller's order, as given to `from_edge_index`."""

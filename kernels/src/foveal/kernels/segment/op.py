@@ -272,7 +272,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 def _gradients(ctx: Any, grad_out: Tensor | None, grad_weights: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     inputs, rows, turned, results = (ctx.saved_tensors[part] for part in (slice(0, 6), slice(6, 9), slice(9, 12), slice(12, 15)))
     nothing: list[Tensor | None] = [None] * 12
-    q, k, v = inputs[:3]
+    _, k, v = inputs[:3]
     if grad_out is None and (grad_weights is None or not ctx.return_weights):
         return *[None] * 6, *nothing
     if turned[0] is None and not (ctx.values_on_edges and (k is None or ctx.keys_on_edges)):

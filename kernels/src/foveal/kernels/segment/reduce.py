@@ -145,10 +145,9 @@ def _index_and_count(src: Tensor, index: Tensor | None, ptr: Tensor | None, num_
 
 @torch.library.custom_op("foveal::segment_ptr", mutates_args=(), schema="(Tensor ptr, int edges) -> Tensor")
 def _checked_ptr(ptr: Tensor, edges: int) -> Tensor:
-    if int(ptr[0]) != 0 or int(ptr[-1]) != edges or bool((ptr.diff() < 0).any()):
-        raise ValueError(
-            f"ptr must rise from 0 to the number of edges {edges}; got {int(ptr[0])} to {int(ptr[-1])}{', falling in between' * bool((ptr.diff() < 0).any())}"
-        )
+    first, last, falls = int(ptr[0]), int(ptr[-1]), bool((ptr.diff() < 0).any())
+    if first != 0 or last != edges or falls:
+        raise ValueError(f"ptr must rise from 0 to the number of edges {edges}; got {first} to {last}{', falling in between' if falls else ''}")
     return ptr.clone()
 
 
