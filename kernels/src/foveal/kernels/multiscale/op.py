@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def _candidates(x: Tensor, *others: Tensor | None) -> Candidates:
-    if not x.device.type == "cpu":
+    if x.device.type != "cpu":
         reason: str | None = f"it needs tensors on the CPU, these are on {x.device.type}"
     elif any(tensor is not None and tensor.dtype != torch.float32 for tensor in (x, *others)):
         reason = f"it is float32 only; got {x.dtype}"
@@ -65,7 +65,7 @@ def depthwise_norm(
     bias: Float[Tensor, " channels"] | None,
     scale: Float[Tensor, " channels"],
     shift: Float[Tensor, " channels"],
-    slope: Float[Tensor, "1"] | None = None,
+    slope: Float[Tensor, 1] | None = None,
     *,
     stride: int = 1,
     eps: float = 1e-8,

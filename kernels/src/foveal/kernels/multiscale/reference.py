@@ -31,7 +31,7 @@ def depthwise_norm(
     bias: Float[Tensor, " channels"] | None,
     scale: Float[Tensor, " channels"],
     shift: Float[Tensor, " channels"],
-    slope: Float[Tensor, "1"] | None,
+    slope: Float[Tensor, 1] | None,
     stride: int,
     eps: float,
 ) -> Float[Tensor, "sequences shorter channels"]:

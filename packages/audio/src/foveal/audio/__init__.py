@@ -1,0 +1,43 @@
+"""Speech separation: TIGER from wav to wav, trained, converted and applied.
+
+>>> from foveal.audio import Separator
+>>> separator = Separator.from_pretrained()
+>>> speakers = separator(waveform, sample_rate)  # (sources, [channels,] time), numpy in, numpy out
+
+Names are loaded when first asked for, so that the command line's help need not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foveal.audio.predict import Separator
+
+    from foveal.audio.checkpoints import load_official, systems, to_official
+    from foveal.audio.models.tiger import TIGER, TIGERCinematic, TIGERConfig
+
+__all__ = ["TIGER", "Separator", "TIGERCinematic", "TIGERConfig", "load_official", "systems", "to_official"]
+
+_HOME = {
+    "Separator": "predict",
+    "TIGER": "models.tiger",
+    "TIGERCinematic": "models.tiger",
+    "TIGERConfig": "models.tiger",
+    "load_official": "checkpoints",
+    "systems": "checkpoints",
+    "to_official": "checkpoints",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -6,13 +6,31 @@ and value convolutions become one matrix, and forty band layers one batch of lay
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from foveal.audio.models.tiger import CINEMATIC_BANDS, SPEECH_BANDS, TIGER, TIGERCinematic, TIGERConfig
+from foveal.audio.models.tiger import CINEMATIC_BANDS, TIGER, TIGERCinematic, TIGERConfig
+from foveal.core.checkpoint import load_weights, save_weights
+from foveal.core.errors import UserError
+from foveal.core.files import atomic_write
+from foveal.core.official import Conversion, read_official, state_dict_of, to_ours
+from foveal.core.official import to_official as table_to_official
+from foveal.core.systems import System
+
+_PAPER = "Xu, Li, Chen, Hu: TIGER: Time-frequency Interleaved Gain Extraction and Reconstruction for Efficient Speech Separation, ICLR 2025"
+_LICENCE = "MIT (the repository's README badge says Apache-2.0)"
+
+_SYSTEMS = (
+    System("tiger", "two speakers at 16 kHz; num_blocks 8 is the large model, 4 the small", _PAPER, 821_932, "github.com/JusperLee/TIGER", _LICENCE),
+    System("tiger_dnr", "dialogue, effects and music at 44.1 kHz; three branches", _PAPER, 4_221_846, "github.com/JusperLee/TIGER", _LICENCE),
+)
+
+_DNR = {"window": 2048, "hop": 512, "channels": 132, "sources": 3, "sample_rate": 44_100, "bands": CINEMATIC_BANDS}
 
 # The authors' keyword names (left), so that whoever has their yaml or config.json can pass it.
 _TIGER_KEYWORDS = {
@@ -27,7 +45,139 @@ _TIGER_KEYWORDS = {
     "num_sources": "sources",
     "sample_rate": "sample_rate",
 }
-_TIGER_UNUSED = {"att_kernel_size", "att_stride"}  # accepted by the authors' constructor, used nowhere
+_TIGER_UNUSED = ("att_kernel_size", "att_stride")  # accepted by the authors' constructor, used nowhere
+
+
+def systems() -> tuple[System, ...]:
+    """The published systems of this domain."""
+    return _SYSTEMS
+
+
+def load_official(system: str, source: str | Path | Mapping[str, Tensor], **config: Any) -> nn.Module:
+    """Our model with the authors' weights, in eval mode.
+
+    Args:
+        system: "tiger" or "tiger_dnr". For the latter, a state dict without the prefixes ``dialog.``, ``effect.`` and ``music.`` gives one
+            branch, a `TIGER` with three sources.
+        source: the authors' file, a folder with their ``config.json`` and weights, or a state dict with their keys. float64 tensors give a
+            float64 model.
+        **config: the authors' keyword names (``out_channels``, ``num_blocks``, ``win``, ...); the published large configuration is the default.
+
+    Raises:
+        UserError: unknown system or keyword, an unreadable file, or keys that are missing, left over or misshapen.
+    """
+    return _load_official(system, source, config)[0]
+
+
+def to_official(system: str, model: nn.Module) -> dict[str, Tensor]:
+    """The authors' state dict of our model: the inverse of `load_official`.
+
+    Raises:
+        UserError: unknown system, or a model of another one.
+    """
+    return _to_official(system, model).state
+
+
+def convert_file(system: str, source: str | Path, target: str | Path, back: bool = False) -> Conversion:
+    """Convert the authors' checkpoint file to ours, or with `back` ours to theirs; the account of every key is returned.
+
+    Raises:
+        UserError: as `load_official`; or a target that cannot be written.
+    """
+    _require_known(system)
+    if back:
+        model = model_from_weights(source, system)
+        conversion = _to_official(system, model)
+        with atomic_write(target) as temporary:
+            _save_official(conversion.state, temporary)
+        return conversion
+    model, conversion = _load_official(system, source, {})
+    save_weights(target, model.state_dict(), system=system, config=asdict(model.config))  # type: ignore[arg-type]
+    return conversion
+
+
+def model_from_weights(path: str | Path, system: str = "tiger") -> TIGER | TIGERCinematic:
+    """The model that a file of ours (`foveal.core.checkpoint.save_weights`) holds, in float32 and eval mode.
+
+    Raises:
+        UserError: the file is missing, corrupt, of another program or system, or its weights do not fit its config.
+    """
+    weights = load_weights(path, system)
+    try:
+        config = TIGERConfig(**weights.config)
+        model: TIGER | TIGERCinematic = TIGER(config) if system == "tiger" else TIGERCinematic(config)
+        model.load_state_dict(weights.state)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"expected weights that fit their config in {path}: {str(error).splitlines()[0]}; convert or train them again") from None
+    return model.eval()
+
+
+def _save_official(state: dict[str, Tensor], path: Path) -> None:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file(state, path)
+    else:
+        import torch
+
+        torch.save(state, path)
+
+
+def _require_known(system: str) -> None:
+    names = [entry.name for entry in _SYSTEMS]
+    if system not in names:
+        raise UserError(f"expected a system of foveal.audio ({', '.join(names)}); got {system!r}")
+
+
+def _config(system: str, keywords: Mapping[str, Any]) -> TIGERConfig:
+    unknown = [name for name in keywords if name not in _TIGER_KEYWORDS and name not in _TIGER_UNUSED]
+    if unknown:
+        raise UserError(f"expected keywords of the authors' constructor ({', '.join(_TIGER_KEYWORDS)}); got {', '.join(unknown)}")
+    given = {_TIGER_KEYWORDS[name]: value for name, value in keywords.items() if name in _TIGER_KEYWORDS}
+    try:
+        return TIGERConfig(**{**(_DNR if system == "tiger_dnr" else {}), **given})
+    except ValueError as error:
+        raise UserError(f"expected a config that makes a {system}: {error}") from None
+
+
+def _load_official(system: str, source: str | Path | Mapping[str, Tensor], keywords: Mapping[str, Any]) -> tuple[nn.Module, Conversion]:
+    _require_known(system)
+    if not isinstance(source, Mapping):
+        path = Path(source)
+        if path.is_dir():  # as published on a hub: config.json beside the weights
+            settings = path / "config.json"
+            keywords = {**(json.loads(settings.read_text()) if settings.exists() else {}), **keywords}
+            found = sorted([*path.glob("*.safetensors"), *path.glob("*.bin"), *path.glob("*.pth")])
+            if not found:
+                raise UserError(f"expected the authors' weights (.safetensors, .bin or .pth) in folder {path}; found none")
+            path = found[0]
+        source = read_official(path)
+    official = state_dict_of(source)
+    config = _config(system, keywords)
+    whole = system == "tiger_dnr" and any(key.startswith(f"{TIGERCinematic.TRACKS[0]}.") for key in official)
+    model: TIGER | TIGERCinematic = TIGERCinematic(config) if whole else TIGER(config)
+    dtype = next((value.dtype for value in official.values() if value.is_floating_point()), None)
+    conversion = to_ours(_table(model), official, {key: value.shape for key, value in model.state_dict().items()})
+    model.to(dtype).load_state_dict(conversion.state)
+    return model.eval(), conversion
+
+
+def _to_official(system: str, model: nn.Module) -> Conversion:
+    _require_known(system)
+    if not isinstance(model, TIGER if system == "tiger" else (TIGER, TIGERCinematic)):
+        raise UserError(f"expected a model of system {system}; got {type(model).__name__}")
+    return table_to_official(_table(model), model.state_dict())
+
+
+def _table(model: TIGER | TIGERCinematic) -> Table:
+    if isinstance(model, TIGER):
+        return _tiger_table(model.config)
+    return {
+        f"branches.{track}.{ours}": [(f"{track}.{key}", shape) for key, shape in entries]
+        for track in TIGERCinematic.TRACKS
+        for ours, entries in _tiger_table(model.config).items()
+    }
+
 
 #: key of ours -> the official entries whose values it holds, in order: (official key, official shape)
 Table = dict[str, list[tuple[str, tuple[int, ...]]]]
@@ -90,8 +240,11 @@ def _tiger_table(config: TIGERConfig) -> Table:
         entry(f"{msa}.project.bias", (f"{official}.res_conv.bias", (channels,)))
 
         attention, official = f"separator.{path}.attention", f"separator.{official_path}.1"
-        heads = [(f"{official}.{part}.{head}", size) for part, size in (("Queries", config.head_channels), ("Keys", config.head_channels))
-                 for head in range(config.heads)]
+        heads = [
+            (f"{official}.{part}.{head}", size)
+            for part, size in (("Queries", config.head_channels), ("Keys", config.head_channels))
+            for head in range(config.heads)
+        ]
         heads += [(f"{official}.Values.{head}", channels // config.heads) for head in range(config.heads)]
         for ours, parts in ((f"{attention}.qkv", heads), (f"{attention}.project", [(f"{official}.attn_concat_proj", channels)])):
             entry(f"{ours}.weight", *((f"{part}.conv.weight", (size, channels, 1, 1)) for part, size in parts))

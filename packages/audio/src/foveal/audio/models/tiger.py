@@ -11,6 +11,7 @@ convolutions are one product; bands of equal width are split and masked together
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -170,7 +171,7 @@ class MultiScaleSelectiveAttention(nn.Module):
         self.project = nn.Linear(hidden_channels, channels)
 
     def forward(self, x: Float[Tensor, "sequence length channels"]) -> Float[Tensor, "sequence length channels"]:
-        """x plus what was seen at all scales."""
+        """X plus what was seen at all scales."""
         scale = self.expand_norm(self.expand(x))
         scales = []
         for downsample in self.downsample:
@@ -217,7 +218,7 @@ class FullFrequencyFrameAttention(nn.Module):
         self.project_norm = ChannelNorm((channels,))
 
     def forward(self, x: Float[Tensor, "batch other axis channels"]) -> Float[Tensor, "batch other axis channels"]:
-        """x plus attention along `axis`."""
+        """X plus attention along `axis`."""
         batch, other, axis, _ = x.shape
         sizes = [self.heads * self.head_channels] * 2 + [self.heads * self.value_channels]
         q, k, v = (
@@ -241,7 +242,7 @@ class Path(nn.Module):
         self.norm = nn.LayerNorm(config.channels)
 
     def forward(self, x: Float[Tensor, "batch other axis channels"]) -> Float[Tensor, "batch other axis channels"]:
-        """x plus the path along `axis`, every position of `other` a sequence of its own in the MSA."""
+        """X plus the path along `axis`, every position of `other` a sequence of its own in the MSA."""
         return x + self.norm(self.attention(self.msa(x.flatten(0, 1)).view_as(x)))
 
 
@@ -346,22 +347,29 @@ class TIGER(nn.Module):
         window: Tensor = self.analysis_window  # type: ignore[assignment]
         return window if window.dtype == like.dtype else torch.hann_window(self.config.window, dtype=like.dtype, device=like.device)
 
-    def masks_of_spectrum(self, spectrum: Complex[Tensor, "batch bins frames"]) -> Complex[Tensor, "batch sources bins frames"]:
-        """Complex masks from the mixture's spectrum."""
+    def band_features(self, spectrum: Complex[Tensor, "batch bins frames"]) -> Float[Tensor, "batch frames bands channels"]:
+        """Normalised features of every band."""
         parts = torch.stack([spectrum.real, spectrum.imag], dim=1)
         features, start = [], 0
         for group, (bands, width) in zip(self.band_split, self.config.band_groups, strict=True):
             piece = parts[:, :, start : start + bands * width].unflatten(2, (bands, width))
             features.append(group(piece.transpose(1, 2).flatten(2, 3)))
             start += bands * width
-        separated = self.separator(torch.cat(features, dim=2))
+        return torch.cat(features, dim=2)
 
+    def masks_of_features(self, separated: Float[Tensor, "batch frames bands channels"]) -> Complex[Tensor, "batch sources bins frames"]:
+        """Complex masks from separated features."""
         masks, start = [], 0
         for head, (bands, _) in zip(self.mask, self.config.band_groups, strict=True):
             mask = head(separated[:, :, start : start + bands])
             masks.append(mask.permute(0, 4, 2, 5, 1, 3).flatten(2, 3))
             start += bands
-        return torch.view_as_complex(torch.cat(masks, dim=2).float() if masks[0].dtype == torch.bfloat16 else torch.cat(masks, dim=2))
+        joined = torch.cat(masks, dim=2)
+        return torch.view_as_complex(joined if joined.dtype == torch.float64 else joined.float())  # there is no complex bfloat16
+
+    def masks_of_spectrum(self, spectrum: Complex[Tensor, "batch bins frames"]) -> Complex[Tensor, "batch sources bins frames"]:
+        """Complex masks from the mixture's spectrum."""
+        return self.masks_of_features(self.separator(self.band_features(spectrum)))
 
     def masks(self, mixture: Float[Tensor, "batch samples"]) -> Complex[Tensor, "batch sources bins frames"]:
         """Complex masks of every source for the mixture's spectrum."""
@@ -401,6 +409,35 @@ class TIGER(nn.Module):
         return self._masked(spectrum, self.masks_of_spectrum(spectrum), rows.shape[-1])
 
 
+def overlap_average(
+    network: Callable[[Tensor], Tensor], mixture: Float[Tensor, "rows samples"], chunk: int, hop: int
+) -> Float[Tensor, "rows sources samples"]:
+    """Separate in overlapping chunks and average them, as the authors do for film sound.
+
+    (chunk - hop) zeros stand on both sides, every sum is divided by chunk / hop, and the last chunk is filled with zeros.
+
+    Args:
+        network: (rows, samples) -> (rows, sources, samples).
+        mixture: any length.
+        chunk: samples of a chunk.
+        hop: samples between the starts of two chunks; at most `chunk`.
+    """
+    margin = chunk - hop
+    count = (mixture.shape[-1] + 2 * margin - chunk) // hop + 2
+    padded = F.pad(mixture, (margin, margin))
+    total: Tensor | None = None
+    for start in range(0, count * hop, hop):
+        piece = padded[:, start : start + chunk]
+        if piece.shape[-1] == 0:
+            break
+        estimate = network(F.pad(piece, (0, chunk - piece.shape[-1])))[..., : piece.shape[-1]]
+        if total is None:
+            total = estimate.new_zeros(*estimate.shape[:-1], padded.shape[-1])
+        total[..., start : start + piece.shape[-1]] += estimate
+    assert total is not None  # count is at least one
+    return total[..., margin : margin + mixture.shape[-1]] * (hop / chunk)
+
+
 class TIGERCinematic(nn.Module):
     """Three TIGERs with three sources each for film sound (the paper's DnR model): of each, the track it was trained for is kept."""
 
@@ -411,6 +448,10 @@ class TIGERCinematic(nn.Module):
         self.config = config
         self.branches = nn.ModuleDict({track: TIGER(config) for track in self.TRACKS})
 
-    def forward(self, mixture: Float[Tensor, "... samples"]) -> Float[Tensor, "rows 3 samples"]:
+    def forward(
+        self, mixture: Float[Tensor, "... samples"], chunk_seconds: float = 12.0, hop_seconds: float = 4.0
+    ) -> Float[Tensor, "rows 3 samples"]:
         """(batch * channels, 3, samples): music, effects and dialogue of a mixture at 44.1 kHz, shapes as in `TIGER.forward`."""
-        return torch.stack([branch(mixture)[:, index] for index, branch in enumerate(self.branches.values())], dim=1)
+        rows = mixture.reshape(-1, mixture.shape[-1])
+        chunk, hop = int(self.config.sample_rate * chunk_seconds), int(self.config.sample_rate * hop_seconds)
+        return torch.stack([overlap_average(branch, rows, chunk, hop)[:, track] for track, branch in enumerate(self.branches.values())], dim=1)

@@ -1,0 +1,88 @@
+"""Reference values of the authors' code: the rule that makes their weights and inputs, and how to compare."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "audio"
+
+
+def _normal(text: str, shape) -> np.ndarray:
+    generator = np.random.RandomState(zlib.crc32(text.encode()))  # noqa: NPY002  (its stream is frozen, that of Generator is not)
+    return generator.standard_normal(tuple(shape) or (1,)).astype(np.float32).reshape(shape)
+
+
+def fill(key: str, shape) -> torch.Tensor:
+    """Value of one entry of TIGER's official state dict: a standard normal draw named by the key, scaled by what the key is."""
+    z = _normal(key, shape)
+    if len(shape) > 1 and not key.endswith(("gamma", "beta")):
+        z = z / np.sqrt(np.prod(shape[1:]))
+    elif key.endswith("act.weight"):
+        z = 0.25 + 0.05 * z
+    elif key.endswith(("bias", "beta")):
+        z = 0.1 * z
+    else:
+        z = 1 + 0.1 * z
+    return torch.from_numpy(np.asarray(z, dtype=np.float32))
+
+
+def signal(samples: int, seed: int) -> torch.Tensor:
+    """A 220 Hz tone beating at 3 Hz in white noise."""
+    t = np.arange(samples) / 16000.0
+    noise = 0.05 * np.random.RandomState(seed).standard_normal(samples)  # noqa: NPY002
+    return torch.from_numpy((0.1 * np.sin(2 * np.pi * 220 * t) * (1 + np.sin(2 * np.pi * 3 * t)) + noise).astype(np.float32))
+
+
+def draw(name: str, shape, salt: str = "", kind: str = "in") -> torch.Tensor:
+    """Any other input, by its name."""
+    return torch.from_numpy(_normal(f"{salt}{kind}:{name}", shape))
+
+
+def relative_error(actual, expected) -> float:
+    """||actual - expected|| / ||expected||, infinite where a value is not finite or the shapes differ."""
+    actual = np.asarray(actual.detach() if isinstance(actual, torch.Tensor) else actual, dtype=np.float64)
+    expected = np.asarray(expected, dtype=np.float64)
+    if actual.shape != expected.shape:
+        return float("inf")
+    error = np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
+    return float(error) if np.isfinite(error) else float("inf")
+
+
+class Golden:
+    """One reference file: `about` (json) and its arrays."""
+
+    def __init__(self, name: str) -> None:
+        self.about = json.loads((GOLDEN / f"{name}.json").read_text())
+        self.arrays = np.load(GOLDEN / f"{name}.npz")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.arrays[name]
+
+    def error(self, name: str, actual: torch.Tensor) -> float:
+        """Relative error of `actual` against the stored array, or against its stored sample where only that is kept."""
+        if name in self.arrays:
+            return relative_error(actual, self.arrays[name])
+        if f"{name}__sample" not in self.arrays:  # float64 runs keep the sample alone
+            raise KeyError(name)
+        single = name.replace("out64_", "out_").replace("mid64_", "mid_")
+        if tuple(actual.shape) != tuple(self.arrays[f"{single}__shape"]):
+            return float("inf")
+        return relative_error(actual.detach().reshape(-1)[:: int(self.arrays[f"{single}__stride"])], self.arrays[f"{name}__sample"])
+
+    def state(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+        """The authors' state dict by the rule."""
+        shapes = self.about.get("state_dict") or json.loads((GOLDEN / self.about["state_dict_of"].split()[0]).read_text())["state_dict"]
+        return {key: fill(key, shape).to(dtype) for key, shape in shapes.items()}
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Everything the parity tests need: `golden.load(name)`, `golden.signal`, `golden.draw`, `golden.relative_error`."""
+    return SimpleNamespace(load=Golden, signal=signal, draw=draw, relative_error=relative_error)
