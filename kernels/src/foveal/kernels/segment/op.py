@@ -18,6 +18,9 @@ from foveal.kernels.segment.reduce import segment_softmax as segment_softmax
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+#: Largest head dim of the Triton kernels.
+_WIDEST = 1024
+
 
 @overload
 def segment_attention(
@@ -87,7 +90,7 @@ def segment_attention(
         ValueError: shapes that do not fit, an index out of range, or no logits at all.
     """
     csr = _checked(q, k, v, edges, edge_bias, edge_envelope, edge_gate, keys_on_edges, values_on_edges, num_nodes)
-    chosen = choose("segment_attention", _backends(v), backend)
+    chosen = choose("segment_attention", _backends(q, v), backend)
     q, k, v = (_autocast(tensor) for tensor in (q, k, v))
     assert v is not None
     wide = torch.promote_types(v.dtype, torch.float32)
@@ -106,8 +109,12 @@ def segment_attention(
     return (out, weights) if return_weights else out
 
 
-def _backends(v: Tensor) -> Candidates:
-    return [("triton", why_not_triton(v)), ("cpu", cpu.why_not(v)), ("reference", None)]
+def _backends(q: Tensor | None, v: Tensor) -> Candidates:
+    triton = why_not_triton(v)
+    widest = v.shape[2] if q is None else max(q.shape[2], v.shape[2])
+    if triton is None and widest > _WIDEST:
+        triton = f"a head of one source must fit into registers, up to {_WIDEST} wide; this one is {widest}"
+    return [("triton", triton), ("cpu", cpu.why_not(v)), ("reference", None)]
 
 
 def _candidates(
@@ -125,7 +132,7 @@ def _candidates(
     **_: Any,
 ) -> Candidates:
     _checked(q, k, v, edges, edge_bias, edge_envelope, edge_gate, keys_on_edges, values_on_edges, num_nodes)
-    return _backends(v)
+    return _backends(q, v)
 
 
 segment_attention.candidates = _candidates  # type: ignore[attr-defined]

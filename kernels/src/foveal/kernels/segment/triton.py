@@ -17,9 +17,8 @@ from torch import Tensor
 
 from foveal.kernels.testing.compile import CompileCase
 
-#: Elements of one gathered tile, and head dims up to which a tile is kept in registers.
+#: Elements of one gathered tile.
 _TILE = 2048
-LARGEST_DIM = 1024
 
 
 @triton.jit
