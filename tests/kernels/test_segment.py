@@ -72,7 +72,7 @@ def results(made: Arguments, edges: Any, **options: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("on_edges", [False, True], ids=["keys and values on nodes", "on edges"])
-@pytest.mark.parametrize(("edge_index", "targets", "sources"), graphs())
+@pytest.mark.parametrize(("edge_index", "targets", "sources"), list(graphs()))
 def test_every_value_and_gradient_equals_the_definition(edge_index: Tensor, targets: int, sources: int, on_edges: bool) -> None:
     made = leaves(arguments(edge_index.shape[1], targets, sources, on_edges=on_edges), torch.float64)
     edges = CSR.from_edge_index(edge_index, targets, sources)

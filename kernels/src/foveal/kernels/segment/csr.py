@@ -94,10 +94,8 @@ class CSR:
 
     def edge_index(self) -> Int[Tensor, "2 edges"]:
         """Sources and targets in the caller's order, as given to `from_edge_index`."""
-        pairs = self.source.new_empty(2, self.num_edges)
-        pairs[0, self.permutation] = self.source
-        pairs[1, self.permutation] = self.target
-        return pairs
+        pairs = torch.stack((self.source, self.target))
+        return torch.zeros_like(pairs).index_copy(1, self.permutation, pairs)
 
     def to(self, device: torch.device | str) -> CSR:
         """The same edges on another device."""

@@ -223,7 +223,7 @@ def _autocast(tensor: Tensor | None) -> Tensor | None:
 def _per_head(tensor: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor | None:
     if tensor is None:
         return None
-    return tensor.to(dtype).reshape(tensor.shape[0], -1).expand(-1, heads).contiguous()
+    return (tensor if tensor.dim() == 2 else tensor.unsqueeze(1)).to(dtype).expand(-1, heads).contiguous()
 
 
 _INPUTS = "Tensor? q, Tensor? k, Tensor v, Tensor? bias, Tensor? envelope, Tensor? gate"

@@ -22,7 +22,7 @@ def softmax(
     share = (logits - peak.masked_fill(peak == -torch.inf, 0.0)[index]).exp()
     share = share if envelope is None else share * envelope
     total = reduce(share, index, num_nodes, "sum")
-    return share / (total + eps).masked_fill(total == 0, 1.0)[index]
+    return share / (total + eps).masked_fill(total == 0, torch.inf)[index]
 
 
 def reduce(src: Float[Tensor, "edges *rest"], index: Int[Tensor, " edges"], num_nodes: int, how: str) -> Float[Tensor, "nodes *rest"]:
