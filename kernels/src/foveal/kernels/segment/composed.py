@@ -134,5 +134,5 @@ def attention_gradients(
         if values_on_edges:
             grad_v = (weights.unsqueeze(-1) * spread(grad_out.flatten(1)).view(v.shape)).to(v.dtype)
         else:
-            grad_v = weighted_sum(weights, grad_out, *back)
+            grad_v = weighted_sum(weights, grad_out, *back).to(v.dtype)
     return grad_q, grad_k, grad_v, grad_logits, share * centred, inside * slope

@@ -114,7 +114,7 @@ def attention_forward(
     values_on_edges: bool,
     return_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (nodes, heads, value_dim), weights (edges, heads) or nothing, log-sum-exp (nodes, heads)."""
+    """Output (nodes, heads, value_dim) in float or double, weights (edges, heads) or nothing, log-sum-exp (nodes, heads)."""
     rows, edges, heads, value_dim = indptr.shape[0] - 1, column.shape[0], v.shape[1], v.shape[2]
     values = _wide(v)
     assert values is not None
@@ -133,7 +133,7 @@ def attention_forward(
         "weights": weights if return_weights else None,
     }
     _run_attention("segment_attention_forward", values.dtype, edges, scale, eps, sizes, tensors)
-    return out.to(v.dtype), weights, lse
+    return out, weights, lse
 
 
 def attention_backward(

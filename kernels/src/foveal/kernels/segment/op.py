@@ -106,6 +106,8 @@ def segment_attention(
         turned = _rows_of(csr.transposed)
     options = (float(scale), float(eps), keys_on_edges, values_on_edges, return_weights, chosen)
     out, weights, _ = torch.ops.foveal.segment_attention_forward(q, k, v, bias, envelope, gate, *_rows_of(csr), *turned, *options)
+    # The operator's own output is float32 at least: the gradient subtracts its product with the incoming one, which rounding would spoil.
+    out = out.to(v.dtype)
     return (out, weights) if return_weights else out
 
 
@@ -246,7 +248,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     v, indptr, permutation, return_weights = arguments[2], arguments[6], arguments[8], arguments[16]
     targets, heads, wide = indptr.shape[0] - 1, v.shape[1], torch.promote_types(v.dtype, torch.float32)
     weights = v.new_empty(permutation.shape[0] if return_weights else 0, heads, dtype=wide)
-    return v.new_empty(targets, heads, v.shape[2]), weights, v.new_empty(targets, heads, dtype=wide)
+    return v.new_empty(targets, heads, v.shape[2], dtype=wide), weights, v.new_empty(targets, heads, dtype=wide)
 
 
 @torch.library.custom_op(

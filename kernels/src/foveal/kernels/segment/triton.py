@@ -324,9 +324,9 @@ def attention_forward(
     values_on_edges: bool,
     return_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (nodes, heads, value_dim), weights (edges, heads) or nothing, log-sum-exp (nodes, heads)."""
+    """Output (nodes, heads, value_dim) in float32, weights (edges, heads) or nothing, log-sum-exp (nodes, heads)."""
     rows, heads, value_dim, dim = indptr.shape[0] - 1, v.shape[1], v.shape[2], 1 if q is None else q.shape[2]
-    out = v.new_empty(rows, heads, value_dim)
+    out = v.new_empty(rows, heads, value_dim, dtype=torch.float32)
     weights = v.new_empty(permutation.shape[0] if return_weights else 0, heads, dtype=torch.float32)
     lse = v.new_empty(rows, heads, dtype=torch.float32)
     constants = _blocks(heads, dim, value_dim) | {"BLOCK_D": triton.next_power_of_2(dim), "BLOCK_V": triton.next_power_of_2(value_dim)}
@@ -380,7 +380,7 @@ def attention_backward(
     if by_source is not None and grad_logits is not None and q is not None and need_k and not keys_on_edges:
         grad_k = weighted_sum(grad_logits, q, *by_source, scale)
     if by_source is not None and edge_weights is not None:
-        grad_v = weighted_sum(edge_weights, grad_out, *by_source, 1.0)
+        grad_v = weighted_sum(edge_weights, grad_out, *by_source, 1.0).to(v.dtype)
     wanted = (grad_q, grad_k, grad_v, grad_logits if need_bias else None, grad_envelope, grad_gate)
     return [lse.new_empty(0) if grad is None else grad for grad in wanted]
 
@@ -437,8 +437,8 @@ def _case(name: str, kernel: Any, dtype: str, absent: tuple[str, ...], constants
     types |= dict.fromkeys(("scale", "eps", "factor"), "fp32")
     statistics = ("bias", "envelope", "gate", "weights", "lse", "grad_weights", "grad_logits", "grad_envelope", "grad_gate", "edge_weights", "weight")
     types |= dict.fromkeys(statistics, "*fp32")
-    if kernel is edge_dot_kernel:
-        types["out"] = "*fp32"
+    if kernel in (edge_dot_kernel, forward_kernel, backward_kernel):
+        types |= {"out": "*fp32", "grad_out": "*fp32"}
     fixed = constants | dict.fromkeys(absent, None)
     signature = {argument: types.get(argument, f"*{dtype}") for argument in kernel.arg_names if argument not in fixed}
     return CompileCase(name, kernel, signature, fixed, num_warps=4, quick=quick)
