@@ -31,12 +31,12 @@ class Explanation:
         return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.reasons.items()])
 
 
-#: Looked up once, here: torch.compile cannot trace a look at the file system.
+#: Asked of the file system once, here: torch.compile traces through `has_triton` and would not follow the question.
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def has_triton() -> bool:
-    """Whether triton is installed; nothing is imported."""
+    """Whether triton is installed; imports nothing."""
     return _TRITON_IS_INSTALLED
 
 
