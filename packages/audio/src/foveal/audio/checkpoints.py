@@ -142,22 +142,20 @@ def _config(system: str, keywords: Mapping[str, Any]) -> TIGERConfig:
 
 def _load_official(system: str, source: str | Path | Mapping[str, Tensor], keywords: Mapping[str, Any]) -> tuple[nn.Module, Conversion]:
     _require_known(system)
-    if not isinstance(source, Mapping):
-        path = Path(source)
-        if path.is_dir():  # as published on a hub: config.json beside the weights
-            settings = path / "config.json"
-            keywords = {**(json.loads(settings.read_text()) if settings.exists() else {}), **keywords}
-            found = sorted([*path.glob("*.safetensors"), *path.glob("*.bin"), *path.glob("*.pth")])
-            if not found:
-                raise UserError(f"expected the authors' weights (.safetensors, .bin or .pth) in folder {path}; found none")
-            path = found[0]
-        source = read_official(path)
-    official = state_dict_of(source)
+    if isinstance(source, (str, Path)) and Path(source).is_dir():  # as published on a hub: config.json beside the weights
+        folder = Path(source)
+        settings = folder / "config.json"
+        keywords = {**(json.loads(settings.read_text()) if settings.exists() else {}), **keywords}
+        found = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.pth")])
+        if not found:
+            raise UserError(f"expected the authors' weights (.safetensors, .bin or .pth) in folder {folder}; found none; name the file")
+        source = found[0]
     config = _config(system, keywords)
+    official = state_dict_of(source if isinstance(source, Mapping) else read_official(source))
     whole = system == "tiger_dnr" and any(key.startswith(f"{TIGERCinematic.TRACKS[0]}.") for key in official)
     model: TIGER | TIGERCinematic = TIGERCinematic(config) if whole else TIGER(config)
-    dtype = next((value.dtype for value in official.values() if value.is_floating_point()), None)
     conversion = to_ours(_table(model), official, {key: value.shape for key, value in model.state_dict().items()})
+    dtype = next((value.dtype for value in official.values() if value.is_floating_point()), None)
     model.to(dtype).load_state_dict(conversion.state)
     return model.eval(), conversion
 

@@ -80,6 +80,12 @@ class TIGERConfig:
         return tuple((count, width) for count, width in groups)
 
 
+@functools.lru_cache(maxsize=16)
+def _hann(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Periodic Hann window, made in the precision of the data: not a buffer, which float64 would only convert."""
+    return torch.hann_window(length, dtype=dtype, device=device)
+
+
 @functools.lru_cache(maxsize=256)
 def _pooling_matrix(source: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(target, source) matrix of adaptive average pooling."""
@@ -330,7 +336,6 @@ class TIGER(nn.Module):
         self.band_split = nn.ModuleList(BandGroup(bands, width, config.channels) for bands, width in config.band_groups)
         self.separator = FrequencyFrameInterleaved(config)
         self.mask = nn.ModuleList(MaskGroup(bands, width, config.channels, config.sources) for bands, width in config.band_groups)
-        self.register_buffer("analysis_window", torch.hann_window(config.window), persistent=False)
 
     @property
     def shortest(self) -> int:
@@ -339,13 +344,8 @@ class TIGER(nn.Module):
 
     def spectrum(self, signal: Float[Tensor, "batch samples"]) -> Complex[Tensor, "batch bins frames"]:
         """Short-time spectrum, frames centred every `hop` samples."""
-        window = self._window(signal)
+        window = _hann(self.config.window, signal.dtype, signal.device)
         return torch.stft(signal, self.config.window, self.config.hop, window=window, return_complex=True)
-
-    def _window(self, like: Tensor) -> Tensor:
-        # made in the precision of the data: a float64 model needs a float64 window, not a float32 one converted
-        window: Tensor = self.analysis_window  # type: ignore[assignment]
-        return window if window.dtype == like.dtype else torch.hann_window(self.config.window, dtype=like.dtype, device=like.device)
 
     def band_features(self, spectrum: Complex[Tensor, "batch bins frames"]) -> Float[Tensor, "batch frames bands channels"]:
         """Normalised features of every band."""
@@ -383,7 +383,7 @@ class TIGER(nn.Module):
 
     def _masked(self, spectrum: Tensor, masks: Tensor, samples: int) -> Tensor:
         masked = spectrum[:, None] * masks
-        window = self._window(masked.real)
+        window = _hann(self.config.window, masked.real.dtype, masked.device)
         signal = torch.istft(masked.flatten(0, 1), self.config.window, self.config.hop, window=window, length=samples)
         return signal.view(*masks.shape[:2], samples)
 
