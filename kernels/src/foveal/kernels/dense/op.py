@@ -109,11 +109,12 @@ def _prepare(
     layout: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int, int, float]:
     """Check the arguments; give them as (batch, heads, length, dim), four-dimensional bias and mask, and one window for all of its forms."""
+    axes = _axes(layout)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
         if tensor.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions ({', '.join(_axes(layout))}); got shape {tuple(tensor.shape)}")
+            raise ValueError(f"{name} must have 4 dimensions ({', '.join(axes)}); got shape {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point; got {tensor.dtype}")
     if layout == "bnhd":

@@ -12,7 +12,7 @@ needs for bfloat16; DOT is the dtype in which probabilities enter a product.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,40 +58,29 @@ def store_rows(base, tile, first, count, stride, LENGTH: tl.constexpr, DIM: tl.c
 
 @triton.jit
 def biased(
-    logits,
-    query,
-    key,
-    queries,
-    keys,
-    bias,
-    bias_query,
-    bias_key,
-    mask,
-    mask_query,
-    mask_key,
-    left,
-    right,
-    HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    EDGE: tl.constexpr,
-):
-    """Logits in base 2 with bias, mask and window; `query` and `key` are index tiles that broadcast against each other, in either order."""
-    inside = (query < queries) & (key < keys)
+    logits, query, key, query_start, key_start, queries, keys, bias, bias_query, bias_key, mask, mask_query, mask_key, left, right,
+    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Logits in base 2 with bias, mask and window.
+
+    `query` and `key` count from the tile's corner and broadcast against each other in either order: so only the corner needs 64 bits.
+    """
+    first = query_start
+    start = key_start
+    inside = (query < queries - first) & (key < keys - start)
     if HAS_BIAS:
-        at = bias + query.to(tl.int64) * bias_query + key.to(tl.int64) * bias_key
-        added = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        corner = bias + first.to(tl.int64) * bias_query + start.to(tl.int64) * bias_key
+        added = tl.load(corner + query * bias_query + key * bias_key, mask=inside, other=0.0).to(tl.float32)
         logits += tl.where(added == float("inf"), BIAS_CEILING, added) * LOG2E
     if HAS_MASK:
-        at = mask + query.to(tl.int64) * mask_query + key.to(tl.int64) * mask_key
-        logits = tl.where(tl.load(at, mask=inside, other=0) != 0, logits, float("-inf"))
+        corner = mask + first.to(tl.int64) * mask_query + start.to(tl.int64) * mask_key
+        logits = tl.where(tl.load(corner + query * mask_query + key * mask_key, mask=inside, other=0) != 0, logits, float("-inf"))
     if EDGE:
-        place = query + (keys - queries)
+        distance = (key - query) + (start - first - (keys - queries))
         if HAS_LEFT:
-            inside = inside & (key >= place - left)
+            inside = inside & (distance >= -left)
         if HAS_RIGHT:
-            inside = inside & (key <= place + right)
+            inside = inside & (distance <= right)
         logits = tl.where(inside, logits, float("-inf"))
     return logits
 
@@ -124,7 +113,7 @@ def attend(
     v,
     bias,
     mask,
-    row,
+    first,
     begin,
     end,
     queries,
@@ -147,6 +136,7 @@ def attend(
     VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     UPCAST: tl.constexpr,
     DOT: tl.constexpr,
@@ -156,9 +146,9 @@ def attend(
     for start in range(begin, end, KEYS):
         keys_tile = load_rows(k, start, keys, k_row, KEYS, DIM, WIDTH, UPCAST)
         logits = tl.dot(q, tl.trans(keys_tile), input_precision=PRECISION) * (scale * LOG2E)
-        column = start + tl.arange(0, KEYS)
         logits = biased(
-            logits, row[:, None], column[None, :], queries, keys, bias, bias_query, bias_key, mask, mask_query, mask_key, left, right,
+            logits, tl.arange(0, QUERIES)[:, None], tl.arange(0, KEYS)[None, :], first, start, queries, keys,
+            bias, bias_query, bias_key, mask, mask_query, mask_key, left, right,
             HAS_BIAS, HAS_MASK, HAS_LEFT, HAS_RIGHT, EDGE,
         )  # fmt: skip
         higher = tl.maximum(largest, tl.max(logits, 1))
@@ -213,20 +203,20 @@ def forward_kernel(
         inner = (tl.maximum(first + QUERIES - 1 + offset - left, 0) + KEYS - 1) // KEYS * KEYS
         inner = tl.minimum(inner, (highest + KEYS - 1) // KEYS * KEYS)
         accumulated, largest, total = attend(
-            accumulated, largest, total, tile, k, v, bias, mask, row, lowest, tl.minimum(inner, highest), queries, keys, k_row, v_row,
+            accumulated, largest, total, tile, k, v, bias, mask, first, lowest, tl.minimum(inner, highest), queries, keys, k_row, v_row,
             bias_query, bias_key, mask_query, mask_key, left, right, scale, HAS_BIAS, HAS_MASK, HAS_LEFT, HAS_RIGHT, True,
-            DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, KEYS, UPCAST, DOT, PRECISION,
+            DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, QUERIES, KEYS, UPCAST, DOT, PRECISION,
         )  # fmt: skip
     outer = tl.maximum(outer, inner)
     accumulated, largest, total = attend(
-        accumulated, largest, total, tile, k, v, bias, mask, row, inner, outer, queries, keys, k_row, v_row,
+        accumulated, largest, total, tile, k, v, bias, mask, first, inner, outer, queries, keys, k_row, v_row,
         bias_query, bias_key, mask_query, mask_key, left, right, scale, HAS_BIAS, HAS_MASK, HAS_LEFT, HAS_RIGHT, False,
-        DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, KEYS, UPCAST, DOT, PRECISION,
+        DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, QUERIES, KEYS, UPCAST, DOT, PRECISION,
     )  # fmt: skip
     accumulated, largest, total = attend(
-        accumulated, largest, total, tile, k, v, bias, mask, row, outer, highest, queries, keys, k_row, v_row,
+        accumulated, largest, total, tile, k, v, bias, mask, first, outer, highest, queries, keys, k_row, v_row,
         bias_query, bias_key, mask_query, mask_key, left, right, scale, HAS_BIAS, HAS_MASK, HAS_LEFT, HAS_RIGHT, True,
-        DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, KEYS, UPCAST, DOT, PRECISION,
+        DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, QUERIES, KEYS, UPCAST, DOT, PRECISION,
     )  # fmt: skip
 
     empty = total == 0
@@ -283,7 +273,6 @@ def key_gradients_kernel(
     pair = tl.program_id(0) // tiles
     batch = (pair // kv_heads).to(tl.int64)
     shared = (pair % kv_heads).to(tl.int64)
-    column = first + tl.arange(0, KEYS)
     keys_tile = load_rows(k + batch * k_batch + shared * k_head, first, keys, k_row, KEYS, DIM, WIDTH, UPCAST)
     if WANT_K:
         values_tile = load_rows(v + batch * v_batch + shared * v_head, first, keys, v_row, KEYS, VALUE_DIM, VALUE_WIDTH, UPCAST)
@@ -314,8 +303,8 @@ def key_gradients_kernel(
             queries_tile = load_rows(q_base, start, queries, q_row, QUERIES, DIM, WIDTH, UPCAST)
             logits = tl.dot(keys_tile, tl.trans(queries_tile), input_precision=PRECISION) * (scale * LOG2E)
             logits = biased(
-                logits, row[None, :], column[:, None], queries, keys, bias_base, bias_query, bias_key, mask_base, mask_query, mask_key,
-                left, right, HAS_BIAS, HAS_MASK, HAS_LEFT, HAS_RIGHT, True,
+                logits, tl.arange(0, QUERIES)[None, :], tl.arange(0, KEYS)[:, None], start, first, queries, keys,
+                bias_base, bias_query, bias_key, mask_base, mask_query, mask_key, left, right, HAS_BIAS, HAS_MASK, HAS_LEFT, HAS_RIGHT, True,
             )  # fmt: skip
             sums, taken = load_sums(lse + sums_base, delta + sums_base, row, queries)
             weights = tl.exp2(logits - sums[None, :])
@@ -330,6 +319,21 @@ def key_gradients_kernel(
         store_rows(dk + batch * dk_batch + shared * dk_head, key_sum * scale, first, keys, dk_row, KEYS, DIM, WIDTH)
     if WANT_V:
         store_rows(dv + batch * dv_batch + shared * dv_head, value_sum, first, keys, dv_row, KEYS, VALUE_DIM, VALUE_WIDTH)
+
+
+@triton.jit
+def store_bias_gradient(
+    corner, gradient, bias, bias_query, bias_key, query_start, key_start, queries, keys, QUERIES: tl.constexpr, KEYS: tl.constexpr
+):
+    """A tile of a contiguous (query, key) gradient at `corner`; zero where the bias is +inf, which the logits took as a constant."""
+    first = query_start
+    start = key_start
+    query = tl.arange(0, QUERIES)[:, None]
+    key = tl.arange(0, KEYS)[None, :]
+    seen = (query < queries - first) & (key < keys - start)
+    origin = bias + first.to(tl.int64) * bias_query + start.to(tl.int64) * bias_key
+    given = tl.load(origin + query * bias_query + key * bias_key, mask=seen, other=0.0)
+    tl.store(corner + query * keys + key, tl.where(given == float("inf"), 0.0, gradient), mask=seen)
 
 
 @triton.jit
@@ -364,21 +368,21 @@ def query_gradients_kernel(
     begin = first_key(first, queries, keys, left, KEYS, HAS_LEFT)
     end = last_key(first + QUERIES, queries, keys, right, HAS_RIGHT)
     for start in range(begin, end, KEYS):
-        column = start + tl.arange(0, KEYS)
         keys_tile = load_rows(k, start, keys, k_row, KEYS, DIM, WIDTH, UPCAST)
         logits = tl.dot(queries_tile, tl.trans(keys_tile), input_precision=PRECISION) * (scale * LOG2E)
         logits = biased(
-            logits, row[:, None], column[None, :], queries, keys, bias, bias_query, bias_key, mask, mask_query, mask_key, left, right,
+            logits, tl.arange(0, QUERIES)[:, None], tl.arange(0, KEYS)[None, :], first, start, queries, keys,
+            bias, bias_query, bias_key, mask, mask_query, mask_key, left, right,
             HAS_BIAS, HAS_MASK, HAS_LEFT, HAS_RIGHT, True,
         )  # fmt: skip
         values_tile = load_rows(v, start, keys, v_row, KEYS, VALUE_DIM, VALUE_WIDTH, UPCAST)
         dweights = tl.dot(gradient, tl.trans(values_tile), input_precision=PRECISION)
         dlogits = tl.exp2(logits - sums[:, None]) * (dweights - taken[:, None])
         if WRITE_BIAS:
-            seen = (row[:, None] < queries) & (column[None, :] < keys)
-            raw = tl.load(bias + row[:, None].to(tl.int64) * bias_query + column[None, :].to(tl.int64) * bias_key, mask=seen, other=0.0)
-            at = dbias + (sums_base + row[:, None].to(tl.int64)) * keys + column[None, :]
-            tl.store(at, tl.where(raw == float("inf"), 0.0, dlogits), mask=seen)
+            store_bias_gradient(
+                dbias + (pair.to(tl.int64) * queries + first) * keys + start, dlogits, bias, bias_query, bias_key,
+                first, start, queries, keys, QUERIES, KEYS,
+            )  # fmt: skip
         query_sum = tl.dot(dlogits.to(DOT), keys_tile, query_sum, input_precision=PRECISION)
     store_rows(dq + batch * dq_batch + head * dq_head, query_sum * scale, first, queries, dq_row, QUERIES, DIM, WIDTH)
 
@@ -423,12 +427,11 @@ def bias_gradient_kernel(
             )
             sums, taken = load_sums(lse + sums_base, delta + sums_base, row, queries)
             for start in range(key_begin, key_end, KEYS):
-                column = start + tl.arange(0, KEYS)
                 keys_tile = load_rows(k + batch * k_batch + (head // group) * k_head, start, keys, k_row, KEYS, DIM, WIDTH, UPCAST)
                 logits = tl.dot(queries_tile, tl.trans(keys_tile), input_precision=PRECISION) * (scale * LOG2E)
                 logits = biased(
-                    logits, row[:, None], column[None, :], queries, keys, bias_base, bias_query, bias_key, mask_base, mask_query, mask_key,
-                    left, right, HAS_BIAS, HAS_MASK, HAS_LEFT, HAS_RIGHT, True,
+                    logits, tl.arange(0, QUERIES)[:, None], tl.arange(0, KEYS)[None, :], query_start, start, queries, keys,
+                    bias_base, bias_query, bias_key, mask_base, mask_query, mask_key, left, right, HAS_BIAS, HAS_MASK, HAS_LEFT, HAS_RIGHT, True,
                 )  # fmt: skip
                 values_tile = load_rows(v + batch * v_batch + (head // group) * v_head, start, keys, v_row, KEYS, VALUE_DIM, VALUE_WIDTH, UPCAST)
                 dweights = tl.dot(gradient, tl.trans(values_tile), input_precision=PRECISION)
@@ -449,10 +452,19 @@ def bias_gradient_kernel(
         raw = tl.load(own + row.to(tl.int64) * bias_query, mask=row < queries, other=0.0)
         tl.store(base + row, tl.where(raw == float("inf"), 0.0, value), mask=row < queries)
     else:
-        seen = (row[:, None] < queries) & (column[None, :] < keys)
-        raw = tl.load(own + row[:, None].to(tl.int64) * bias_query + column[None, :].to(tl.int64) * bias_key, mask=seen, other=0.0)
-        at = base + row[:, None].to(tl.int64) * keys + column[None, :]
-        tl.store(at, tl.where(raw == float("inf"), 0.0, gathered), mask=seen)
+        store_bias_gradient(
+            base + query_begin.to(tl.int64) * keys + key_begin,
+            gathered,
+            own,
+            bias_query,
+            bias_key,
+            query_begin,
+            key_begin,
+            queries,
+            keys,
+            QUERIES,
+            KEYS,
+        )
 
 
 # --- configurations ------------------------------------------------------------------------------------------------------------------
@@ -502,12 +514,18 @@ def architecture(device: torch.device) -> str:
     return "hopper" if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9 else "ampere"
 
 
-def tiling(kernel: str, architecture: str, itemsize: int, width: int, queries: int, keys: int) -> Tiling:
-    """The table's entry, its tiles no longer than the sequences need (16 is the least a matrix instruction takes)."""
+def tiling(kernel: str, architecture: str, itemsize: int, width: int, queries: int, keys: int, *, biased: bool) -> Tiling:
+    """The table's entry, its tiles no longer than the sequences need (16 is the least a matrix instruction takes).
+
+    A bias or a mask takes as many registers as the logits do: one side of their tile is halved for it.
+    """
     if interpreting():  # a tile costs the same whatever its size
         entry = Tiling(64, 64, 4, 1, split=width > 64)
     else:
         entry = TILINGS[kernel, architecture, itemsize][0 if width <= 64 else 1 if width <= 128 else 2]
+    if biased:
+        rows, columns = (entry.queries, entry.keys // 2) if kernel == "query_gradients" else (entry.queries // 2, entry.keys)
+        entry = replace(entry, queries=max(16, rows), keys=max(16, columns))
     shortest = [max(16, triton.next_power_of_2(length)) for length in (queries, keys)]
     return Tiling(min(entry.queries, shortest[0]), min(entry.keys, shortest[1]), entry.warps, entry.stages, entry.split)
 
@@ -527,6 +545,7 @@ class _Launch:
         self.batch, self.heads, self.queries, self.dim = q.shape
         self.kv_heads, self.keys, self.value_dim = k.shape[1], k.shape[2], v.shape[3]
         self.itemsize = q.element_size()
+        self.biased = bias is not None or mask is not None
         full = (self.batch, self.heads, self.queries, self.keys)
         upcast = interpreting() and q.dtype == torch.bfloat16
         self.arguments: dict[str, Any] = {
@@ -562,7 +581,7 @@ class _Launch:
 
     def tiling(self, kernel: str) -> Tiling:
         width = max(_width(self.dim), _width(self.value_dim))
-        return tiling(kernel, architecture(self.device), self.itemsize, width, self.queries, self.keys)
+        return tiling(kernel, architecture(self.device), self.itemsize, width, self.queries, self.keys, biased=self.biased)
 
     def run(self, kernel: Any, programs: int, tiles: Tiling, **own: Any) -> None:
         everything = {**self.arguments, "QUERIES": tiles.queries, "KEYS": tiles.keys, **own}
@@ -658,6 +677,20 @@ def backward(
 # --- the compile check ---------------------------------------------------------------------------------------------------------------
 
 _POINTERS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
+#: Head dimension, dtype and variant of what is compiled: each entry of the table, and each option's code at least once.
+_COMPILED_2_BYTES = [
+    (16, "fp16", "all"),
+    (64, "fp16", "plain"),
+    (64, "fp16", "causal"),
+    (64, "fp16", "all"),
+    (64, "bf16", "bias"),
+    (100, "bf16", "bias"),
+    (128, "fp16", "plain"),
+    (128, "bf16", "all"),
+    (256, "bf16", "plain"),
+    (256, "fp16", "all"),
+]
+_COMPILED_4_BYTES = [(32, "fp32", "all"), (64, "fp32", "plain"), (128, "fp32", "all"), (256, "fp32", "all")]
 _KERNELS = {"forward": forward_kernel, "key_gradients": key_gradients_kernel, "query_gradients": query_gradients_kernel}
 
 
@@ -668,33 +701,30 @@ def compile_cases() -> list[CompileCase]:
     plain = {"HAS_BIAS": False, "HAS_MASK": False, "HAS_LEFT": False, "HAS_RIGHT": False}
     variants = {"plain": plain, "bias": {**plain, "HAS_BIAS": True}, "causal": {**plain, "HAS_RIGHT": True}, "all": dict.fromkeys(plain, True)}
     cases = []
-    for (name, arch, itemsize), entries in TILINGS.items():
-        for dim in (16, 32, 64, 128, 256):
-            for dtype in ("fp16", "bf16") if itemsize == 2 else ("fp32",):
-                for variant, flags in variants.items():
-                    if variant in ("plain", "causal") and dtype != "fp16" or dtype == "bf16" and dim not in (64, 128):
-                        continue
-                    tiles = entries[0 if dim <= 64 else 1 if dim <= 128 else 2]
-                    for suffix, kernel, own in _variants_of(name, tiles, variant):
-                        constants = {
-                            **flags, **own, **_dimensions(dim, dim), "QUERIES": tiles.queries, "KEYS": tiles.keys, "UPCAST": False,
-                            "DOT": {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32}[dtype],
-                            "PRECISION": "ieee" if arch == "cdna" else "tf32x3",
-                        }  # fmt: skip
-                        cases.append(
-                            CompileCase(
-                                name=f"{name}{suffix}-{arch}-d{dim}-{dtype}-{variant}",
-                                kernel=kernel,
-                                signature=_signature(kernel, dtype, constants),
-                                constants={key: value for key, value in constants.items() if key in kernel.arg_names},
-                                num_warps=tiles.warps,
-                                num_stages=tiles.stages,
-                                divisible=[argument for argument in kernel.arg_names if argument.endswith(("_batch", "_head", "_row", "_query"))],
-                                matrix=itemsize == 2,
-                                targets=COMPILED_FOR[arch],
-                                quick=dim == 64 and dtype == "fp16" and variant == "all",
-                            )
-                        )
+    for name, arch, itemsize in TILINGS:
+        for dim, dtype, variant in _COMPILED_4_BYTES if itemsize == 4 else _COMPILED_2_BYTES:
+            flags = variants[variant]
+            tiles = tiling(name, arch, itemsize, dim, 1024, 1024, biased=flags["HAS_BIAS"])
+            for suffix, kernel, own in _variants_of(name, tiles, variant):
+                constants = {
+                    **flags, **own, **_dimensions(dim, dim), "QUERIES": tiles.queries, "KEYS": tiles.keys, "UPCAST": False,
+                    "DOT": {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32}[dtype],
+                    "PRECISION": "ieee" if arch == "cdna" else "tf32x3",
+                }  # fmt: skip
+                cases.append(
+                    CompileCase(
+                        name=f"{name}{suffix}-{arch}-d{dim}-{dtype}-{variant}",
+                        kernel=kernel,
+                        signature=_signature(kernel, dtype, constants),
+                        constants={key: value for key, value in constants.items() if key in kernel.arg_names},
+                        num_warps=tiles.warps,
+                        num_stages=tiles.stages,
+                        divisible=[argument for argument in kernel.arg_names if argument.endswith(("_batch", "_head", "_row", "_query"))],
+                        matrix=itemsize == 2,
+                        targets=COMPILED_FOR[arch],
+                        quick=dim == 64 and dtype == "fp16" and variant == "all",
+                    )
+                )
     return cases
 
 
@@ -711,8 +741,8 @@ def _variants_of(name: str, tiles: Tiling, variant: str) -> list[tuple[str, Any,
 
 def _signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
     types = {
-        **{name: f"*{dtype}" for name in _POINTERS},
-        **{name: "*fp32" for name in ("bias", "dbias", "lse", "delta")},
+        **dict.fromkeys(_POINTERS, f"*{dtype}"),
+        **dict.fromkeys(("bias", "dbias", "lse", "delta"), "*fp32"),
         "mask": "*u8",
         "scale": "fp32",
     }
