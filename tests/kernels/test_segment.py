@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from foveal.kernels import CSR, explain, segment_attention, segment_reduce, segment_softmax
-from foveal.kernels.segment import composed, cpu, op
+from foveal.kernels.segment import cpu, op
 from foveal.kernels.testing import assert_close_to_definition
 
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason="no compiled C kernels: the definition serves alone")
@@ -287,8 +287,8 @@ def test_the_operators_obey_torchs_rules_for_custom_operators() -> None:
         torch.ops.foveal.segment_attention_backward.default,
         (flow, None, *plain, *results_, *rows, *turned, 0.5, 0.0, False, False, [True, True, True, True, False, True], "cpu"),
     )
-    torch.library.opcheck(composed.edge_dot, (q, k, *rows, *turned, "cpu"))
-    torch.library.opcheck(composed.weighted_sum, (bias, v, *rows, *turned, "cpu"))
+    torch.library.opcheck(torch.ops.foveal.segment_edge_dot.default, (q, k, *rows, *turned, "cpu"))
+    torch.library.opcheck(torch.ops.foveal.segment_weighted_sum.default, (bias, v, *rows, *turned, "cpu"))
     src = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
     for how in ("sum", "max"):
         torch.library.opcheck(torch.ops.foveal.segment_reduce.default, (src, edges.indptr, edges.permutation, how, "cpu"))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveal.kernels.library import operator
 from foveal.kernels.segment.reduce import implementation
 
 #: indptr, column and permutation of the rows by target or by source.
@@ -20,13 +21,13 @@ Rows = tuple[Tensor, Tensor, Tensor]
 _ROWS = "Tensor indptr, Tensor column, Tensor permutation, Tensor turned_indptr, Tensor turned_column, Tensor turned_permutation"
 
 
-@torch.library.custom_op("foveal::segment_edge_dot", mutates_args=(), schema=f"(Tensor a, Tensor b, {_ROWS}, str backend) -> Tensor")
+@operator("foveal::segment_edge_dot", f"(Tensor a, Tensor b, {_ROWS}, str backend) -> Tensor")
 def edge_dot(a: Tensor, b: Tensor, indptr: Tensor, column: Tensor, permutation: Tensor, *rest: Any) -> Tensor:
     """``a[target(e)] . b[source(e)]`` of each edge and head, (edges, heads) in float32 at least."""
     return implementation(rest[-1]).edge_dot(a, b, indptr, column, permutation)
 
 
-@torch.library.custom_op("foveal::segment_weighted_sum", mutates_args=(), schema=f"(Tensor weight, Tensor x, {_ROWS}, str backend) -> Tensor")
+@operator("foveal::segment_weighted_sum", f"(Tensor weight, Tensor x, {_ROWS}, str backend) -> Tensor")
 def weighted_sum(weight: Tensor, x: Tensor, indptr: Tensor, column: Tensor, permutation: Tensor, *rest: Any) -> Tensor:
     """``sum_e weight[e] x[source(e)]`` over the edges of each target, per head."""
     return implementation(rest[-1]).weighted_sum(weight, x, indptr, column, permutation, 1.0)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from foveal.kernels.library import operator
 from foveal.kernels.segment import cpu
 
 if TYPE_CHECKING:
@@ -125,9 +126,7 @@ def _order(index: Tensor, size: int, name: str) -> tuple[Tensor, Tensor]:
     return indptr, permutation
 
 
-@torch.library.custom_op(
-    "foveal::segment_csr", mutates_args=(), schema="(Tensor target, Tensor? source, int targets, int sources) -> (Tensor, Tensor, Tensor)"
-)
+@operator("foveal::segment_csr", "(Tensor target, Tensor? source, int targets, int sources) -> (Tensor, Tensor, Tensor)")
 def _csr(target: Tensor, source: Tensor | None, targets: int, sources: int) -> tuple[Tensor, Tensor, Tensor]:
     indptr, permutation = _order(target, targets, "target")
     if source is None:
@@ -144,9 +143,7 @@ def _(target: Tensor, source: Tensor | None, targets: int, sources: int) -> tupl
     return target.new_empty(targets + 1), target.new_empty(0 if source is None else target.shape[0]), torch.empty_like(target)
 
 
-@torch.library.custom_op(
-    "foveal::segment_transpose", mutates_args=(), schema="(Tensor indptr, Tensor column, Tensor permutation, int columns) -> (Tensor, Tensor, Tensor)"
-)
+@operator("foveal::segment_transpose", "(Tensor indptr, Tensor column, Tensor permutation, int columns) -> (Tensor, Tensor, Tensor)")
 def _transpose(indptr: Tensor, column: Tensor, permutation: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     turned, order = _order(column, columns, "source")
     return turned, _rows(indptr, column.shape[0])[order], permutation[order]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from foveal.kernels.dispatch import Candidates, choose, why_not_triton
+from foveal.kernels.library import operator
 from foveal.kernels.segment import cpu, reference
 from foveal.kernels.segment.composed import attention_gradients
 from foveal.kernels.segment.csr import CSR as CSR
@@ -233,10 +234,9 @@ _ROWS = "Tensor indptr, Tensor column, Tensor permutation, Tensor? turned_indptr
 _OPTIONS = "float scale, float eps, bool keys_on_edges, bool values_on_edges"
 
 
-@torch.library.custom_op(
+@operator(
     "foveal::segment_attention_forward",
-    mutates_args=(),
-    schema=f"({_INPUTS}, {_ROWS}, {_OPTIONS}, bool return_weights, str backend) -> (Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, {_ROWS}, {_OPTIONS}, bool return_weights, str backend) -> (Tensor, Tensor, Tensor)",
 )
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs, rows, options, backend = arguments[:6], arguments[6:9], arguments[12:17], arguments[17]
@@ -251,10 +251,9 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return v.new_empty(targets, heads, v.shape[2], dtype=wide), weights, v.new_empty(targets, heads, dtype=wide)
 
 
-@torch.library.custom_op(
+@operator(
     "foveal::segment_attention_backward",
-    mutates_args=(),
-    schema=(
+    (
         f"(Tensor grad_out, Tensor? grad_weights, {_INPUTS}, Tensor out, Tensor weights, Tensor lse, {_ROWS}, {_OPTIONS}, bool[] needs, str backend)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from foveal.kernels.dispatch import Candidates, choose, why_not_triton
+from foveal.kernels.library import operator
 from foveal.kernels.segment import cpu, reference
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def _index_and_count(src: Tensor, index: Tensor | None, ptr: Tensor | None, num_
     return (rows if permutation is None else torch.empty_like(rows).index_copy(0, permutation, rows)), nodes
 
 
-@torch.library.custom_op("foveal::segment_ptr", mutates_args=(), schema="(Tensor ptr, int edges) -> Tensor")
+@operator("foveal::segment_ptr", "(Tensor ptr, int edges) -> Tensor")
 def _checked_ptr(ptr: Tensor, edges: int) -> Tensor:
     first, last, falls = int(ptr[0]), int(ptr[-1]), bool((ptr.diff() < 0).any())
     if first != 0 or last != edges or falls:
@@ -154,21 +155,17 @@ def _checked_ptr(ptr: Tensor, edges: int) -> Tensor:
 _checked_ptr.register_fake(lambda ptr, edges: torch.empty_like(ptr))
 
 
-@torch.library.custom_op(
-    "foveal::segment_reduce", mutates_args=(), schema="(Tensor src, Tensor indptr, Tensor? permutation, str reduce, str backend) -> Tensor"
-)
+@operator("foveal::segment_reduce", "(Tensor src, Tensor indptr, Tensor? permutation, str reduce, str backend) -> Tensor")
 def _reduce(src: Tensor, indptr: Tensor, permutation: Tensor | None, reduce: str, backend: str) -> Tensor:
     return implementation(backend).reduce(src, indptr, permutation, reduce)
 
 
-@torch.library.custom_op(
-    "foveal::segment_gather", mutates_args=(), schema="(Tensor x, Tensor indptr, Tensor? permutation, int edges, str backend) -> Tensor"
-)
+@operator("foveal::segment_gather", "(Tensor x, Tensor indptr, Tensor? permutation, int edges, str backend) -> Tensor")
 def _gather(x: Tensor, indptr: Tensor, permutation: Tensor | None, edges: int, backend: str) -> Tensor:
     return implementation(backend).gather(x, indptr, permutation, edges)
 
 
-@torch.library.custom_op("foveal::segment_softmax", mutates_args=(), schema="(Tensor src, Tensor indptr, Tensor? permutation, str backend) -> Tensor")
+@operator("foveal::segment_softmax", "(Tensor src, Tensor indptr, Tensor? permutation, str backend) -> Tensor")
 def _softmax(src: Tensor, indptr: Tensor, permutation: Tensor | None, backend: str) -> Tensor:
     return implementation(backend).softmax(src, indptr, permutation)
 
