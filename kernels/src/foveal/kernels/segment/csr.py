@@ -65,7 +65,8 @@ class CSR:
         if num_nodes < 0 or num_sources < 0:
             raise ValueError(f"num_nodes and num_sources must not be negative; got {num_nodes} and {num_sources}")
         source, target = edge_index.long().contiguous().unbind(0)
-        return CSR(*torch.ops.foveal.segment_csr(target, source, num_nodes, num_sources), num_sources)
+        indptr, column, permutation = torch.ops.foveal.segment_csr(target, source, num_nodes, num_sources)
+        return CSR(indptr, column, permutation, num_sources)
 
     @property
     def num_nodes(self) -> int:
@@ -89,8 +90,8 @@ class CSR:
         Sorted when first asked for, then kept.
         """
         if not self._turned:
-            rows = torch.ops.foveal.segment_transpose(self.indptr, self.source, self.permutation, self.num_sources)
-            self._turned.append(CSR(*rows, self.num_nodes))
+            indptr, column, permutation = torch.ops.foveal.segment_transpose(self.indptr, self.source, self.permutation, self.num_sources)
+            self._turned.append(CSR(indptr, column, permutation, self.num_nodes))
         return self._turned[0]
 
     def edge_index(self) -> Int[Tensor, "2 edges"]:

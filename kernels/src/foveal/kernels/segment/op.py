@@ -31,7 +31,7 @@ def segment_attention(
 def segment_attention(
     q: Tensor | None, k: Tensor | None, v: Tensor, edges: CSR | Tensor, *, return_weights: Literal[True], **options: Any
 ) -> tuple[Tensor, Tensor]: ...
-def segment_attention(
+def segment_attention(  # type: ignore[misc]
     q: Float[Tensor, "targets heads dim"] | None,
     k: Float[Tensor, "sources heads dim"] | Float[Tensor, "edges heads dim"] | None,
     v: Float[Tensor, "sources heads value_dim"] | Float[Tensor, "edges heads value_dim"],
@@ -92,8 +92,7 @@ def segment_attention(
     """
     csr = _checked(q, k, v, edges, edge_bias, edge_envelope, edge_gate, keys_on_edges, values_on_edges, num_nodes)
     chosen = choose("segment_attention", _backends(q, v), backend)
-    q, k, v = (_autocast(tensor) for tensor in (q, k, v))
-    assert v is not None
+    q, k, v = (None if q is None else _autocast(q)), (None if k is None else _autocast(k)), _autocast(v)
     wide = torch.promote_types(v.dtype, torch.float32)
     bias, envelope, gate = (_per_head(tensor, v.shape[1], wide) for tensor in (edge_bias, edge_envelope, edge_gate))
     scale = scale if scale is not None else 1.0 if q is None else q.shape[-1] ** -0.5
@@ -103,7 +102,7 @@ def segment_attention(
         return (out, weights) if return_weights else out
     turned: tuple[Tensor | None, ...] = (None, None, None)
     by_source = [tensor for tensor, on_edges in ((k, keys_on_edges), (v, values_on_edges)) if tensor is not None and not on_edges]
-    if by_source and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, bias, envelope, gate) if tensor is not None):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in by_source):
         turned = _rows_of(csr.transposed)
     options = (float(scale), float(eps), keys_on_edges, values_on_edges, return_weights, chosen)
     out, weights, _ = torch.ops.foveal.segment_attention_forward(q, k, v, bias, envelope, gate, *_rows_of(csr), *turned, *options)
@@ -217,8 +216,8 @@ def _as_csr(
     return CSR.from_edge_index(edges[1:].expand(2, -1) if edges.dim() == 2 and edges.shape[0] == 2 else edges, targets)
 
 
-def _autocast(tensor: Tensor | None) -> Tensor | None:
-    if tensor is None or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(tensor.device.type):
+def _autocast(tensor: Tensor) -> Tensor:
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(tensor.device.type):
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
@@ -283,14 +282,17 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_weights: Tensor | None, g
     _, k, v = inputs[:3]
     if grad_out is None and (grad_weights is None or not ctx.return_weights):
         return *[None] * 6, *nothing
-    if turned[0] is None and not (ctx.values_on_edges and (k is None or ctx.keys_on_edges)):
+    from_nodes = (k is not None and not ctx.keys_on_edges, not ctx.values_on_edges)
+    asked = any(node and (need or torch.is_grad_enabled()) for node, need in zip(from_nodes, ctx.needs_input_grad[1:3], strict=True))
+    if turned[0] is None and asked:
         sources = v.shape[0] if not ctx.values_on_edges else k.shape[0]
         turned = torch.ops.foveal.segment_transpose(*rows, sources)
     options = (ctx.scale, ctx.eps, ctx.keys_on_edges, ctx.values_on_edges)
     needs = list(ctx.needs_input_grad[:6])
     grad_weights = grad_weights if ctx.return_weights else None
     if torch.is_grad_enabled():
-        grads = attention_gradients(grad_out, grad_weights, *inputs, rows, turned if turned[0] is not None else rows, *options, ctx.backend)
+        graph = (rows, turned if turned[0] is not None else rows)
+        grads = attention_gradients(grad_out, grad_weights, *inputs, *graph, *options, ctx.backend)  # type: ignore[call-arg]
     else:
         grad_out = torch.zeros_like(results[0]) if grad_out is None else grad_out
         grads = torch.ops.foveal.segment_attention_backward(grad_out, grad_weights, *inputs, *results, *rows, *turned, *options, needs, ctx.backend)

@@ -361,9 +361,8 @@ def attention_backward(
     """Gradients of q, k, v, bias, envelope, gate; those not in `needs` have no elements."""
     rows, heads, value_dim, dim = indptr.shape[0] - 1, v.shape[1], v.shape[2], 1 if q is None else q.shape[2]
     need_q, need_k, need_v, need_bias, need_envelope, need_gate = needs
-    q, k, v, grad_out = (None if tensor is None else tensor.contiguous() for tensor in (q, k, v, grad_out))
-    assert v is not None
-    assert grad_out is not None
+    q, k = _contiguous(q, k)
+    v, grad_out = v.contiguous(), grad_out.contiguous()
     grad_q = torch.empty_like(q) if q is not None and need_q else None
     grad_k = torch.empty_like(k) if k is not None and need_k and keys_on_edges else None
     grad_v = torch.empty_like(v) if need_v and values_on_edges else None
@@ -456,15 +455,15 @@ def compile_cases() -> list[CompileCase]:
             quick = (dtype, dim) == ("fp32", 16)
             cases.append(_case(f"forward-d{dim}-{dtype}", forward_kernel, dtype, (*options, "weights"), both))
             cases.append(_case(f"forward-d{dim}-options-{dtype}", forward_kernel, dtype, (), both, quick))
-            absent = ("envelope", "gate", "grad_weights", "grad_envelope", "grad_gate", *results)
-            cases.append(_case(f"backward-d{dim}-bias-{dtype}", backward_kernel, dtype, absent, both))
+            bias_only = ("envelope", "gate", "grad_weights", "grad_envelope", "grad_gate", *results)
+            cases.append(_case(f"backward-d{dim}-bias-{dtype}", backward_kernel, dtype, bias_only, both))
             cases.append(_case(f"backward-d{dim}-options-{dtype}", backward_kernel, dtype, results, both, quick))
             cases.append(_case(f"weighted-sum-d{dim}-{dtype}", weighted_sum_kernel, dtype, (), tile, quick))
             cases.append(_case(f"edge-dot-d{dim}-{dtype}", edge_dot_kernel, dtype, (), tile, quick))
         messages = _blocks(8, 464) | {"BLOCK_D": 1, "BLOCK_V": 512, "KEYS_ON_EDGES": False, "VALUES_ON_EDGES": True}
         cases.append(_case(f"forward-messages-{dtype}", forward_kernel, dtype, ("q", "k", "weights"), messages))
-        absent = ("q", "k", "grad_q", "grad_k", "grad_weights", "edge_weights")
-        cases.append(_case(f"backward-messages-{dtype}", backward_kernel, dtype, absent, messages))
+        no_keys = ("q", "k", "grad_q", "grad_k", "grad_weights", "edge_weights")
+        cases.append(_case(f"backward-messages-{dtype}", backward_kernel, dtype, no_keys, messages))
         flat = _flat_blocks(8)
         cases += [_case(f"{how}-{dtype}", reduce_kernel, dtype, (), flat | {"MODE": mode}) for mode, how in enumerate(("sum", "max", "min"))]
         cases.append(_case(f"softmax-{dtype}", softmax_kernel, dtype, (), flat, quick=dtype == "fp32"))
