@@ -195,8 +195,7 @@ def _row_major(*tensors: Tensor) -> list[Tensor]:
     return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
 
 
-@torch.library.custom_op("foveal::attention_forward", mutates_args=())
-def attention_forward(
+def _attention_forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, left: int, right: int, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp by one backend; arguments as `_prepare` gives them."""
@@ -208,13 +207,11 @@ def attention_forward(
     return out, lse
 
 
-@attention_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, bias: Any, mask: Any, left: int, right: int, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, bias: Any, mask: Any, left: int, right: int, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     return _new(q, *q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_wide(q))
 
 
-@torch.library.custom_op("foveal::attention_backward", mutates_args=())
-def attention_backward(
+def _attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -240,8 +237,7 @@ def attention_backward(
     return dq, dk, dv, q.new_empty(0) if bias is None or dbias is None else dbias.to(bias.dtype)
 
 
-@attention_backward.register_fake
-def _(
+def _fake_backward(
     dout: Tensor,
     dlse: Any,
     q: Tensor,
@@ -286,9 +282,6 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     return dq, dk, dv, dbias if needs_dbias else None, None, None, None, None, None
 
 
-attention_forward.register_autograd(_differentiate, setup_context=_remember)
-
-
 def _remember_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     dout, dlse, q, k, v, bias, mask, _, _, left, right, scale, needs_dbias, _ = inputs
     ctx.save_for_backward(dout, dlse, q, k, v, bias, mask)
@@ -318,9 +311,6 @@ def _differentiate_twice(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
     return (*gradients, *(None,) * 8)
 
 
-attention_backward.register_autograd(_differentiate_twice, setup_context=_remember_backward)
-
-
 def _fold(tensor: Tensor | None, dim: int | None, size: int, batch: int) -> Tensor | None:
     """A vmapped argument with the mapped dimension folded into the batch; one that is shared and has batch 1 stays as it is."""
     if tensor is None:
@@ -335,8 +325,7 @@ def _fold(tensor: Tensor | None, dim: int | None, size: int, batch: int) -> Tens
     return tensor.flatten(0, 1)
 
 
-@attention_forward.register_vmap
-def _(info: Any, in_dims: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, bias: Any, mask: Any, *options: Any) -> tuple[Any, Any]:
+def _map_forward(info: Any, in_dims: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, bias: Any, mask: Any, *options: Any) -> tuple[Any, Any]:
     size = info.batch_size
     batch = q.shape[0] if in_dims[0] is None else q.movedim(in_dims[0], 0).shape[1]
     folded = [_fold(t, dim, size, batch) for t, dim in zip((q, k, v, bias, mask), in_dims, strict=False)]
@@ -344,8 +333,7 @@ def _(info: Any, in_dims: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, bias
     return (out.unflatten(0, (size, batch)), lse.unflatten(0, (size, batch))), (0, 0)
 
 
-@attention_backward.register_vmap
-def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+def _map_backward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
     tensors, options = arguments[:9], arguments[9:]
     size, needs_dbias = info.batch_size, options[3]
     q, bias = tensors[2], tensors[5]
@@ -360,3 +348,20 @@ def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
     if not needs_dbias:
         return (dq, dk, dv, dbias), (0, 0, 0, None)
     return (dq, dk, dv, dbias), (0, 0, 0, 0)
+
+
+def _register(name: str, run: Any, fake: Any, differentiate: Any, remember: Any, mapped: Any) -> Any:
+    """One operator for every device. `torch.library.custom_op` would do the same and import torch's compiler (and triton) on its first call."""
+    torch.library.define(name, torch.library.infer_schema(run, mutates_args=()))
+    torch.library.impl(name, "default", run)
+    torch.library.register_fake(name, fake)
+    torch.library.register_autograd(name, differentiate, setup_context=remember)
+    torch.library.register_vmap(name, mapped)
+    namespace, _, operator = name.partition("::")
+    return getattr(getattr(torch.ops, namespace), operator).default
+
+
+attention_forward = _register("foveal::attention_forward", _attention_forward, _fake_forward, _differentiate, _remember, _map_forward)
+attention_backward = _register(
+    "foveal::attention_backward", _attention_backward, _fake_backward, _differentiate_twice, _remember_backward, _map_backward
+)
