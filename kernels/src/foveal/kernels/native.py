@@ -24,8 +24,10 @@ from pathlib import Path
 
 SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 
-#: Infinities are meaningful in masks, so -ffast-math is taken without its finite-math part.
-FLAGS = ("-O3", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-shared", "-std=gnu11")
+#: The parts of -ffast-math that let sums and products vectorise. Not the flag itself: infinities are meaningful in masks, and gcc before
+#: 13 links it with code that makes the whole process flush denormal numbers to zero as soon as the library is loaded.
+FAST_MATH = ("-fassociative-math", "-freciprocal-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
+FLAGS = ("-O3", *FAST_MATH, "-fPIC", "-shared", "-std=gnu11")
 OPENMP = ("-fopenmp",)
 
 
