@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveal.kernels.dispatch import Candidates, choose
+from foveal.kernels.library import operator
 from foveal.kernels.multiscale import cpu, reference
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def depthwise_norm(
 depthwise_norm.candidates = _depthwise_norm_candidates  # type: ignore[attr-defined]
 
 
-@torch.library.custom_op("foveal::depthwise_norm_forward", mutates_args=(), device_types="cpu")
+@operator("foveal::depthwise_norm_forward")
 def _depthwise_norm_forward(
     x: Tensor, taps: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor, slope: Tensor | None, stride: int, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -116,7 +117,7 @@ def _(x, taps, bias, scale, shift, slope, stride, eps):
     return x.new_empty(x.shape[0], (x.shape[1] + 2 * (kernel // 2) - kernel) // stride + 1, x.shape[2]), x.new_empty(x.shape[0], 2)
 
 
-@torch.library.custom_op("foveal::depthwise_norm_backward", mutates_args=(), device_types="cpu")
+@operator("foveal::depthwise_norm_backward")
 def _depthwise_norm_backward(
     grad: Tensor,
     x: Tensor,
@@ -213,7 +214,7 @@ def gated_injection(
 gated_injection.candidates = _gated_injection_candidates  # type: ignore[attr-defined]
 
 
-@torch.library.custom_op("foveal::gated_injection_forward", mutates_args=(), device_types="cpu")
+@operator("foveal::gated_injection_forward")
 def _gated_injection_forward(
     local: Tensor, other: Tensor, taps: Tensor, scale: Tensor, shift: Tensor, index: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -226,7 +227,7 @@ def _(local, other, taps, scale, shift, index, eps):
     return torch.empty_like(local, memory_format=torch.contiguous_format), local.new_empty(local.shape[0], 6)
 
 
-@torch.library.custom_op("foveal::gated_injection_backward", mutates_args=(), device_types="cpu")
+@operator("foveal::gated_injection_backward")
 def _gated_injection_backward(
     grad: Tensor, local: Tensor, other: Tensor, taps: Tensor, scale: Tensor, shift: Tensor, index: Tensor, stats: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -309,7 +310,7 @@ def _sizes(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(sizes, device=device)
 
 
-@torch.library.custom_op("foveal::channel_norm_forward", mutates_args=(), device_types="cpu")
+@operator("foveal::channel_norm_forward")
 def _channel_norm_forward(x: Tensor, slope: Tensor, scale: Tensor, shift: Tensor, sizes: Tensor, eps: float) -> Tensor:
     return cpu.channel_norm_forward(x.contiguous(), slope.contiguous(), scale.contiguous(), shift.contiguous(), sizes, eps)
 
@@ -319,7 +320,7 @@ def _(x, slope, scale, shift, sizes, eps):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("foveal::channel_norm_backward", mutates_args=(), device_types="cpu")
+@operator("foveal::channel_norm_backward")
 def _channel_norm_backward(grad: Tensor, x: Tensor, slope: Tensor, scale: Tensor, sizes: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return cpu.channel_norm_backward(grad.contiguous(), x.contiguous(), slope.contiguous(), scale.contiguous(), sizes, eps)
 

@@ -1,0 +1,50 @@
+"""Registering an operator with torch, without what `torch.library.custom_op` loads on the first call.
+
+`custom_op` wraps each implementation so that its first call imports torch._dynamo: seconds, on a machine that compiles nothing. An operator
+that is defined and implemented through `torch.library.define` and `impl` is the same to opcheck, torch.compile, autograd, autocast and vmap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Operator:
+    """An operator of the ``foveal`` namespace: call it, and register what it needs around its implementation."""
+
+    def __init__(self, name: str, implementation: Callable[..., Any], schema: str | None = None) -> None:
+        self.name = name
+        torch.library.define(name, schema or torch.library.infer_schema(implementation, mutates_args=()))
+        # one implementation for every device: the backend is an argument, or the tensors decide inside
+        torch.library.impl(name, "CompositeExplicitAutograd")(implementation)
+        namespace, operator = name.split("::")
+        self.overload = getattr(getattr(torch.ops, namespace), operator).default
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.overload(*args, **kwargs)
+
+    def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Shapes and dtypes of the outputs, for tensors without data; a decorator."""
+        torch.library.register_fake(self.name, function)
+        return function
+
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any] | None = None) -> None:
+        """The backward: (context, output gradients) -> input gradients."""
+        torch.library.register_autograd(self.name, backward, setup_context=setup_context)
+
+    def register_autocast(self, device_type: str, dtype: torch.dtype) -> None:
+        """Cast floating-point arguments to `dtype` under autocast on `device_type`."""
+        torch.library.register_autocast(self.name, device_type, dtype)
+
+    def register_vmap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The batching rule: (info, in_dims, *args) -> (outputs, out_dims); a decorator."""
+        torch.library.register_vmap(self.name, function)
+        return function
+
+
+def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., Any]], Operator]:
+    """Decorator: the function becomes the operator `name` (``"foveal::..."``), its schema given or read from its annotations. It mutates nothing."""
+    return lambda implementation: Operator(name, implementation, schema)
