@@ -1,14 +1,18 @@
-"""Nobody reaches up, and the domains do not know each other: who may import whom, read from the source without running it."""
+"""Nobody reaches up, the domains do not know each other, and what is imported is declared: read from the source without running it."""
 
 from __future__ import annotations
 
 import ast
 import sys
+import tomllib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 ROOMS = {folder.name: folder for pattern in ("kernels", "packages/*", "apps") for folder in sorted(ROOT.glob(f"{pattern}/src/foveal/*/"))}
@@ -132,3 +136,24 @@ def test_the_apps_load_nothing_heavy_before_a_command_runs() -> None:
         if not (found.deferred or found.typing_only or found.top in sys.stdlib_module_names or found.stays_in(LIGHT))
     ]
     assert heavy == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_everything_that_a_distribution_imports_is_declared(room: str) -> None:
+    """What loads with a module is a dependency; what a function imports when it is called may be an extra."""
+    project = tomllib.loads((ROOMS[room].parent.parent.parent / "pyproject.toml").read_text())["project"]
+    needed = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
+    extras = {canonicalize_name(Requirement(line).name) for lines in project.get("optional-dependencies", {}).values() for line in lines}
+    owners = metadata.packages_distributions()
+    missing = []
+    for found in imports(ROOMS[room]):
+        if found.typing_only or found.top in sys.stdlib_module_names:
+            continue
+        if found.top == "foveal":
+            homes = {f"foveal-{name.split('.')[1]}" for name in found.names if "." in name and not name.startswith(f"foveal.{room}")}
+        else:
+            homes = {canonicalize_name(owner) for owner in owners.get(found.top, [found.top])}
+        optional = found.deferred or "/triton.py" in found.place or "/testing/" in found.place
+        if homes and not homes & (needed | extras if optional else needed):
+            missing.append(f"{found.place} imports {found.top}, of {', '.join(sorted(homes))}")
+    assert missing == []
