@@ -1,3 +1,4 @@
+# ruff: noqa: NPY002  numpy's global generator is what other people's datasets draw from
 """A small network on random data that uses everything a resumed run must restore: dropout, augmentation, running means, a plateau schedule."""
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(rich_markup_mode=None)
 
 _TO_LIGHTNING = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 

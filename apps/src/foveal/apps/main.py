@@ -25,9 +25,9 @@ def build() -> typer.Typer:
     app = typer.Typer(
         name="foveal",
         help="Attention models that hear, see and measure: trained, checked and applied to your own files.",
-        no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
+        rich_markup_mode=None,
     )
     app.command("doctor", help="Show versions, devices, and which backend each kernel uses and why.")(_doctor)
     for domain, purpose in DOMAINS.items():
@@ -44,6 +44,7 @@ def _add_missing(app: typer.Typer, domain: str, purpose: str) -> None:
     @app.command(
         domain,
         help=f"{purpose} Not installed: {install}",
+        short_help=f"{purpose} Not installed: {install}",
         context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
     )
     def missing() -> None:
@@ -67,26 +68,32 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         The exit code. A bug is raised, so that Python prints its traceback and exits with 1.
     """
+    if list(arguments) in ([], *([domain] for domain in DOMAINS)):
+        arguments = [*arguments, "--help"]
     try:
         code = build()(args=list(arguments), prog_name="foveal", standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        return _stopped() if code == 130 else code if isinstance(code, int) else 0
     except UserError as error:
         return _complain(str(error))
     except typer.Exit as stop:
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("foveal: stopped", file=sys.stderr)
-        return 130
+        return _stopped()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except Exception as error:
         # Typer's own complaints (unknown option, missing argument) are not in its public names.
-        explain = getattr(error, "format_message", None)
-        if explain is None:
+        message = getattr(error, "format_message", None)
+        if message is None:
             raise
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "foveal"
-        return _complain(f"{explain() or 'no command given'} See {where} --help.")
+        return _complain(f"{message().rstrip('.')}; see {where} --help")
+
+
+def _stopped() -> int:
+    print("foveal: stopped", file=sys.stderr)
+    return 130
 
 
 def _complain(message: str) -> int:

@@ -9,8 +9,12 @@ config file's name. ``--ckpt_path last`` goes on in the folder of the experiment
 
 from __future__ import annotations
 
+import difflib
+import logging
 import os
+import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -45,11 +49,31 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class OneLineParser(LightningArgumentParser):
-    """A parser whose errors are one line, raised for the caller to print."""
+    """A parser whose errors are one line, raised for the caller to print, and which takes no abbreviated options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        lines = [line.strip(" -") for line in str(message).splitlines() if line.strip(" -")]
-        raise UserError(f"{'; '.join(lines)}; see {self.prog.split(' [')[0]} --help") from ex
+        raise UserError(_condense(str(message))) from ex
+
+
+def _condense(message: str) -> str:
+    """The one line of jsonargparse's paragraph: which key, and what is wrong with the form its value was meant to have."""
+    key = re.match(r'Parser key "([^"]+)":\s*', message)
+    body = message[key.end() :] if key else message
+    # Of a union's alternatives the first is the class or number that was meant; the others are None and lists.
+    first = re.search(r"Errors:\n\s+- (.*?)(?=\n\s+- |\n\s*Given value type|\Z)", body, re.DOTALL)
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", " ".join((first[1] if first else body).split()))
+    return f"{key[1]}: {text}" if key else text
+
+
+def _hush() -> None:
+    """Leave out what Lightning 2.6 says that a user can do nothing about, or that a resumed run does on purpose."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
+    logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector").addFilter(lambda record: "weights_only" not in record.getMessage())
+    warnings.filterwarnings("ignore", message=r".*Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message=r".*`isinstance\(treespec, LeafSpec\)` is deprecated")
 
 
 class FovealCLI(LightningCLI):
@@ -80,7 +104,9 @@ class FovealCLI(LightningCLI):
         mode: Literal["min", "max"] = "min",
         **kwargs: Any,
     ) -> None:
+        _hush()
         self.domain = domain
+        self._verb = args[0] if args else ""
         self._best = {"monitor": monitor, "mode": mode}
         self.run_folder: Path | None = None
         kwargs.setdefault("subclass_mode_model", True)
@@ -99,6 +125,11 @@ class FovealCLI(LightningCLI):
         except (MisconfigurationException, yaml.YAMLError) as error:
             raise UserError(str(error)) from error
 
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The verb asked for alone: building a parser takes half a second, and the others' would not be used."""
+        every = super().subcommands()
+        return {self._verb: every[self._verb]} if self._verb in every else every
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--experiment", type=str | None, default=None, help="Name of the experiment (default: the config file's name).")
         parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
@@ -108,7 +139,18 @@ class FovealCLI(LightningCLI):
         parser.set_defaults({"trainer.logger": logger, "best.monitor": self._best["monitor"], "best.mode": self._best["mode"]})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except UserError as error:
+            verb = next((word for word in args if word in self._subcommand_parsers), None)
+            refused = re.search(r"does not accept option '([^']+)'|unrecognized arguments: --([\w.]+)", str(error))
+            hint = ""
+            if verb is not None and refused:
+                known = [action.dest for action in self._subcommand_parsers[verb]._actions]
+                near = difflib.get_close_matches(refused[1] or refused[2], known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+            command = f"foveal {self.domain} {verb}" if verb else f"foveal {self.domain}"
+            raise UserError(f"{error}{hint}; see {command} --help") from None
 
     @property
     def settings(self) -> Namespace:
@@ -172,7 +214,10 @@ class FovealCLI(LightningCLI):
             on_terminal = sys.stderr.isatty()
             kwargs["enable_progress_bar"] = on_terminal
             callbacks.append(RichProgressBar() if on_terminal else ProgressLines())
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        except ValueError as error:  # the trainer's own checks: accelerator, devices, strategy, precision
+            raise UserError(f"{error}; see foveal {self.domain} {self.subcommand} --help") from error
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:

@@ -29,7 +29,9 @@ def collect_inputs(paths: Iterable[str | Path], suffixes: Iterable[str]) -> list
         if path.is_dir():
             inside = {file for file in path.rglob("*") if file.suffix.lower() in wanted and file.is_file()}
             if not inside:
-                raise UserError(f"expected files ending in {', '.join(sorted(wanted))} in folder {path}; found none; name another folder or the files")
+                raise UserError(
+                    f"expected files ending in {', '.join(sorted(wanted))} in folder {path}; found none; name another folder or the files"
+                )
             found |= inside
         elif path.exists():
             found.add(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,7 +68,8 @@ class BatchReport:
             columns: format of each number's column, such as ``{"SI-SDRi dB": ".1f"}``; others are shown with ``.3g``.
         """
         if as_json:
-            print(json.dumps({"exit_code": self.exit_code, "files": [vars(entry) for entry in self.entries]}, indent=2))
+            files = [{**vars(entry), "numbers": {name: _finite(value) for name, value in entry.numbers.items()}} for entry in self.entries]
+            print(json.dumps({"exit_code": self.exit_code, "files": files}, indent=2, allow_nan=False))
         elif sys.stdout.isatty():
             self._table(columns or {})
         else:
@@ -94,3 +96,8 @@ class BatchReport:
             result = entry.message or "\n".join(entry.outputs)
             table.add_row(Text(entry.source), Text(entry.state, colours[entry.state]), *cells, Text(result))
         Console().print(table)
+
+
+def _finite(value: float) -> float | None:
+    """`value`, or None where JSON has no number for it."""
+    return float(value) if math.isfinite(value) else None

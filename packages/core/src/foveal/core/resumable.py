@@ -1,3 +1,4 @@
+# ruff: noqa: NPY002  numpy's global generator is what other people's datasets draw from
 """A data loader that goes on where it stopped, with the same items, whatever the number of workers.
 
 Two things make a training set's order and content repeatable in the middle of an epoch:
@@ -14,7 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ class EpochSampler(DistributedSampler):
         super().__init__(dataset, size, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)  # type: ignore[arg-type]
         self.start = 0
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter([(self.epoch, index) for index in super().__iter__()][self.start :])
 
 
@@ -119,8 +120,13 @@ class ResumableDataLoader(DataLoader):
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, how many of its batches were handed out, and what must be the same for that to mean the same."""
-        epoch = getattr(self.sampler, "epoch", 0)
-        return {"epoch": epoch, "batches": self._batches, "items": len(self.dataset), "batch_size": self.batch_size or 1, "seed": self.seed}  # type: ignore[arg-type]
+        return {
+            "epoch": getattr(self.sampler, "epoch", 0),
+            "batches": self._batches,
+            "items": len(cast(Sized, self.dataset)),
+            "batch_size": self.batch_size or 1,
+            "seed": self.seed,
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from `state` at the next iteration.

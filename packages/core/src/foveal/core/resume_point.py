@@ -1,3 +1,4 @@
+# ruff: noqa: NPY002  numpy's global generator is what other people's datasets draw from
 """`last.ckpt`: written every so many steps at a point from which training goes on to the same result, bit for bit.
 
 Lightning's own checkpoints hold weights, optimisers, schedulers, loop counters and the data loader's position. Three things are missing for
@@ -59,7 +60,7 @@ class ResumePoint(Checkpoint):
             _add_running_means(trainer, self._pending["running"])
             self._pending = None
         due = trainer.global_step - self._saved_at >= self.every_n_steps
-        if due and self.folder is not None and not trainer.fast_dev_run and _training_just_goes_on(trainer):
+        if due and self.folder is not None and not getattr(trainer, "fast_dev_run", False) and _training_just_goes_on(trainer):
             self._save(trainer, self.folder)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -84,7 +85,7 @@ class ResumePoint(Checkpoint):
 
     def _save(self, trainer: pl.Trainer, folder: Path) -> None:
         target, temporary = folder / "last.ckpt", folder / ".last.ckpt.part"
-        trainer.save_checkpoint(temporary)
+        trainer.save_checkpoint(temporary, weights_only=False)
         self._saved_at = trainer.global_step
         if trainer.is_global_zero:
             if target.is_dir():  # sharded strategies write folders, and a folder does not replace another

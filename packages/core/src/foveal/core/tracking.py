@@ -98,14 +98,15 @@ class Wandb(WandbLogger):
     @property
     @pl.loggers.logger.rank_zero_experiment
     def experiment(self) -> Any:
-        """wandb's run, or an object that takes every call and does nothing, where wandb failed."""
+        """The run of wandb, or an object that takes every call and does nothing, where wandb failed."""
         if self._experiment is None and self._failed is None:
             import wandb
 
             Path(self.save_dir or ".").mkdir(parents=True, exist_ok=True)
             try:
-                mode = "offline" if self._offline else "online"
-                self._experiment = wandb.init(**self._wandb_init, mode=mode, settings=wandb.Settings(console="off", silent=True))
+                self._experiment = wandb.init(
+                    **self._wandb_init, mode="offline" if self._offline else "online", settings=wandb.Settings(console="off", silent=True)
+                )
                 self._experiment.define_metric("trainer/global_step")
                 self._experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
             except Exception as error:  # whatever wandb does must not end the run

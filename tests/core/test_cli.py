@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from foveal.core.cli import FovealCLI
+from foveal.core.errors import UserError
+from foveal.core.tracking import Wandb
+
+
+def test_a_runs_folder_holds_config_metrics_curves_checkpoints_and_wandb(
+    fit: Callable[..., Path], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(workplace / "home"))
+    folder = fit("--trainer.logger", "foveal.core.tracking.Wandb", "--trainer.max_epochs", "1")
+    assert folder.parent == workplace / "runs" / "toys" / "toy"
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "metrics.csv", "curves.png", "checkpoints", "wandb"}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    assert list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert not list(workplace.glob("wandb"))
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert sum(bool(row["train/loss_step"]) for row in rows) == 11
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["trainer"]["max_epochs"] == 1
+    assert config["trainer"]["logger"]["init_args"]["offline"] is True
+
+
+def test_the_saved_config_runs_again(fit: Callable[..., Path], workplace: Path) -> None:
+    first = fit("--trainer.max_epochs", "1", "--model.init_args.learning_rate", "0.003")
+    cli = FovealCLI("toys", ["fit", "--config", str(first / "config.yaml"), "--experiment", "again"])
+    assert cli.model.learning_rate == 0.003
+    assert (cli.run_folder / "metrics.csv").read_text() == (first / "metrics.csv").read_text()  # type: ignore[operator]
+
+
+def test_wandb_failing_ends_neither_the_run_nor_its_metrics(fit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    def fail(**_: object) -> None:
+        raise wandb.Error("the service is down")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    with pytest.warns(UserWarning, match="wandb failed and is off .* the service is down"):
+        folder = fit("--trainer.logger", "foveal.core.tracking.Wandb", "--trainer.max_epochs", "1")
+    assert (folder / "metrics.csv").exists()
+    logger = Wandb(save_dir=str(folder))
+    with pytest.warns(UserWarning, match="the service is down"):
+        logger.experiment.summary.update({"a": 1})
+
+
+def test_validate_measures_the_best_checkpoint_of_the_newest_run(fit: Callable[..., Path], workplace: Path) -> None:
+    folder = fit("--trainer.max_epochs", "2", "--best.monitor", "val/loss")
+    with (folder / "metrics.csv").open() as file:
+        best = min(float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"])
+    cli = FovealCLI("toys", ["validate", "--config", "toy.yaml", "--ckpt_path", "best"])
+    assert float(cli.trainer.callback_metrics["val/loss"]) == pytest.approx(best, rel=1e-6)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name], "validating is no new run"
+
+
+MISTAKES = {
+    "an unknown trainer key": (["--trainer.max_epoch", "3"], "max_epoch"),
+    "an unknown key of the model": (["--model.init_args.rate", "3"], "rate"),
+    "a word for a number": (["--model.init_args.learning_rate", "fast"], "learning_rate: Expected a float"),
+    "a class that is not there": (["--model", "toy_training.Tory"], "no attribute 'Tory'"),
+    "an accelerator that is not there": (["--trainer.accelerator", "abacus"], "abacus"),
+    "a config file that is not there": (["--config", "gone.yaml"], "gone.yaml"),
+    "a checkpoint that is not there": (["--ckpt_path", "gone.ckpt"], "gone.ckpt does not exist"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_on_the_command_line_is_one_line_that_names_it(fit: Callable[..., Path], mistake: str) -> None:
+    arguments, named = MISTAKES[mistake]
+    with pytest.raises(UserError) as caught:
+        fit(*arguments)
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_an_unknown_key_in_a_config_is_named_with_the_likely_one(fit: Callable[..., Path], workplace: Path) -> None:
+    (workplace / "toy.yaml").write_text((workplace / "toy.yaml").read_text().replace("max_epochs", "max_epoch"))
+    with pytest.raises(UserError, match=r"trainer\.max_epoch'; did you mean trainer\.max_epochs\?"):
+        fit()
+    (workplace / "toy.yaml").write_text("model: [\n a: b")
+    with pytest.raises(UserError, match="parsing"):
+        fit()
+
+
+def test_print_config_shows_a_config_that_parses(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        FovealCLI("toys", ["fit", "--config", "toy.yaml", "--print_config"])
+    assert stop.value.code in (0, None)
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["model"]["class_path"] == "toy_training.ToyTask"
+    assert shown["resume_point"]["every_n_steps"] == 3
+
+
+def test_ctrl_c_ends_the_fit_as_ctrl_c_and_leaves_the_curves(fit: Callable[..., Path], workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import toy_training
+
+    step = toy_training.ToyTask.training_step
+
+    def interrupted(task: toy_training.ToyTask, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        if task.global_step == 6:
+            raise KeyboardInterrupt
+        return step(task, batch, batch_idx)
+
+    monkeypatch.setattr(toy_training.ToyTask, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit()
+    (folder,) = workplace.glob("runs/toys/toy/*")
+    assert (folder / "curves.png").exists()
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 6

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from foveal.core.errors import UserError
+from foveal.core.files import atomic_write, collect_inputs, output_folder
+from foveal.core.reports import BatchReport
+
+
+def test_a_users_error_is_one_line_however_it_was_written() -> None:
+    assert str(UserError("expected this;\n   got that")) == "expected this; got that"
+
+
+def test_inputs_are_the_named_files_and_the_folders_matching_ones_sorted_and_once(tmp_path: Path) -> None:
+    for name in ("b.wav", "sub/a.WAV", "sub/notes.txt", "odd.dat"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = collect_inputs([tmp_path, tmp_path / "b.wav", tmp_path / "odd.dat"], {".wav"})
+    assert found == [tmp_path / "b.wav", tmp_path / "odd.dat", tmp_path / "sub" / "a.WAV"]
+
+
+def test_a_missing_input_an_empty_folder_and_no_input_are_the_users_to_mend(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone\.wav does not exist"):
+        collect_inputs([tmp_path / "gone.wav"], {".wav"})
+    with pytest.raises(UserError, match="found none"):
+        collect_inputs([tmp_path], {".wav"})
+    with pytest.raises(UserError, match="none was named"):
+        collect_inputs([], {".wav"})
+
+
+def test_an_output_folder_is_made_with_its_parents_and_keeps_what_is_in_it(tmp_path: Path) -> None:
+    folder = output_folder(tmp_path / "a" / "b")
+    (folder / "kept.wav").write_text("old")
+    assert output_folder(folder) == folder
+    with pytest.raises(UserError, match=r"kept\.wav already exists; pass --overwrite"):
+        output_folder(folder, names=["kept.wav"])
+    assert output_folder(folder, overwrite=True, names=["kept.wav"]) == folder
+    assert [file.name for file in folder.iterdir()] == ["kept.wav"]
+
+
+def test_a_file_in_the_place_of_the_output_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="is, or lies below, a file"):
+            output_folder(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that not even root can write")
+def test_a_read_only_output_folder_is_an_error() -> None:
+    with pytest.raises(UserError, match="can be written"):
+        output_folder("/proc")
+    with pytest.raises(UserError, match="can be created"):
+        output_folder("/proc/self/results")
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "result.wav"
+    target.write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_write(target) as temporary:  # noqa: PT012
+        assert temporary.suffix == ".wav"
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert target.read_text() == "old"
+    with atomic_write(target) as temporary:
+        temporary.write_text("new")
+    assert target.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_write_into_a_missing_folder_is_the_users_to_mend(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected to be able to write"), atomic_write(tmp_path / "gone" / "a.wav"):
+        pass
+
+
+def test_a_batch_goes_on_past_a_bad_file_and_says_2(capsys: pytest.CaptureFixture[str]) -> None:
+    report = BatchReport()
+    for name in ("good.wav", "bad.wav", "other.wav"):
+        with report.item(name) as entry:
+            if name == "bad.wav":
+                raise UserError("expected sound; got text")
+            entry.outputs = [f"{name}.out"]
+            entry.numbers["gain dB"] = float("nan") if name == "other.wav" else 3.25
+    report.kept("there.wav", ["there.out"])
+    assert report.finish(as_json=True) == 2
+    shown = json.loads(capsys.readouterr().out)
+    assert [(file["source"], file["state"]) for file in shown["files"]] == [
+        ("good.wav", "done"), ("bad.wav", "failed"), ("other.wav", "done"), ("there.wav", "kept"),
+    ]  # fmt: skip
+    assert [file["numbers"].get("gain dB") for file in shown["files"]] == [3.25, None, None, None]
+    assert report.finish(columns={"gain dB": ".1f"}) == 2
+    lines = capsys.readouterr()
+    assert "gain dB 3.2" in lines.out
+    assert lines.err == "failed\tbad.wav\texpected sound; got text\n"
+
+
+def test_a_bug_inside_a_batch_is_not_swallowed() -> None:
+    with pytest.raises(ZeroDivisionError), BatchReport().item("a.wav"):
+        1 / 0  # noqa: B018
