@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 import tomllib
 from collections.abc import Collection, Iterator
@@ -111,6 +112,13 @@ def test_triton_is_imported_only_by_kernels_files_named_for_it() -> None:
         if found.top == "triton" and not found.deferred and not found.typing_only and not (name == "kernels" and "triton" in found.place)
     ]
     assert early == []
+
+
+def test_a_call_on_the_cpu_loads_neither_triton_nor_the_compiler_nor_the_names_of_shapes() -> None:
+    call = "from foveal.kernels import attention; import torch; q = torch.randn(1, 2, 8, 16, requires_grad=True); attention(q, q, q).sum().backward()"
+    loaded = "import sys; print(*({'triton', 'jaxtyping', 'torch._dynamo', 'torch._inductor'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", f"{call}; {loaded}"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
 def test_the_core_knows_no_domain_and_no_kernel() -> None:

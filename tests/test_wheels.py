@@ -213,7 +213,8 @@ package = importlib.import_module(sys.argv[1])
 for name in getattr(package, "__all__", ()):
     getattr(package, name)
 for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-    if not module.name.endswith((".triton", "__main__")):
+    origin = module.module_finder.find_spec(module.name).origin
+    if origin.endswith(".py") and not module.name.endswith((".triton", "__main__")):  # the C kernels' libraries are not modules
         importlib.import_module(module.name)
 """
 
