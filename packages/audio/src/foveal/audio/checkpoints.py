@@ -162,6 +162,8 @@ def _load_official(system: str, source: str | Path | Mapping[str, Tensor], keywo
 
 def _to_official(system: str, model: nn.Module) -> Conversion:
     _require_known(system)
+    if isinstance(model, (TIGER, TIGERCinematic)) and model.config.compression is not None:
+        raise UserError("expected a model of the paper's layout; this one reads a compressed spectrum, for which the authors' code has no place")
     if not isinstance(model, TIGER if system == "tiger" else (TIGER, TIGERCinematic)):
         raise UserError(f"expected a model of system {system}; got {type(model).__name__}")
     return table_to_official(_table(model), model.state_dict())
