@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foveal.kernels.dispatch import Candidates, choose, why_not_triton
+from foveal.kernels.library import operator
 from foveal.kernels.scan import cpu
 from foveal.kernels.scan.inputs import Inputs
 from foveal.kernels.scan.reference import selective_scan_reference
@@ -180,7 +181,7 @@ def _implementation(backend: str) -> Any:
     return importlib.import_module(f"foveal.kernels.scan.{_MODULES[backend]}")
 
 
-@torch.library.custom_op("foveal::selective_scan_forward", mutates_args=())
+@operator("foveal::selective_scan_forward")
 def selective_scan_forward(
     u: Tensor,
     delta: Tensor,
@@ -208,7 +209,7 @@ def _(u: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return u.new_empty(u.shape), checkpoints.new_empty(inputs.batch, inputs.dim, inputs.state), checkpoints
 
 
-@torch.library.custom_op("foveal::selective_scan_backward", mutates_args=())
+@operator("foveal::selective_scan_backward")
 def selective_scan_backward(
     dout: Tensor,
     dlast_state: Tensor | None,
@@ -289,10 +290,10 @@ def _differentiate_twice(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
 selective_scan_backward.register_autograd(_differentiate_twice, setup_context=_remember_backward)
 
 
-def _one_by_one(operator: Any, info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, Any]:
+def _one_by_one(mapped_operator: Any, info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, Any]:
     """Map by a loop, where a mapped weight or its gradient leaves nothing to fold."""
     mapped = [value if dim is None else value.movedim(dim, 0) for value, dim in zip(arguments, in_dims, strict=True)]
-    each = [operator(*(v if dim is None else v[i] for v, dim in zip(mapped, in_dims, strict=True))) for i in range(info.batch_size)]
+    each = [mapped_operator(*(v if dim is None else v[i] for v, dim in zip(mapped, in_dims, strict=True))) for i in range(info.batch_size)]
     return tuple(torch.stack(results) for results in zip(*each, strict=True)), (0,) * len(each[0])
 
 
