@@ -1,92 +1,168 @@
-"""Who may import whom: kernels know nothing of the house, core knows no domain, domains do not know each other, apps import lazily."""
+"""Nobody reaches up, the domains do not know each other, and what is imported is declared: read from the source without running it."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import subprocess
+import sys
+import tomllib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).parents[1]
-ROOMS = {path.name: path for folder in ("kernels", "packages/*", "apps") for path in ROOT.glob(f"{folder}/src/foveal/*") if path.is_dir()}
+ROOT = Path(__file__).parent.parent
+ROOMS = {folder.name: folder for pattern in ("kernels", "packages/*", "apps") for folder in sorted(ROOT.glob(f"{pattern}/src/foveal/*/"))}
 DOMAINS = sorted(set(ROOMS) - {"kernels", "core", "apps"})
 
-#: Room -> the rooms it may import from beside itself.
-MAY_IMPORT = {"kernels": set(), "core": set(), "apps": set(ROOMS), **{domain: {"kernels", "core"} for domain in DOMAINS}}
+#: What the apps may load to build their help; torch and the domains wait until a command runs.
+LIGHT = {"typer", "foveal.core.errors", "foveal.core.files", "foveal.core.reports", "foveal.apps"}
+#: Networks only: what trains them, reads files for them or draws them lives elsewhere in the domain.
+NOT_IN_MODELS = {"lightning", "matplotlib", "soundfile", "wandb", "typer", "rich"}
 
 
-def imports(file: Path, top_level_only: bool = False) -> Iterator[tuple[str, int]]:
-    """(module, line) of each import, those inside functions and under TYPE_CHECKING too."""
-    tree = ast.parse(file.read_text(), str(file))
-    for node in tree.body if top_level_only else ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((name.name, node.lineno) for name in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}:{node.lineno}: imports are absolute"
-            # `from foveal import audio` names the room in the second place.
-            yield from ((f"{node.module}.{name.name}", node.lineno) for name in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            yield from ((str(name.value), node.lineno) for name in node.args[:1] if isinstance(name, ast.Constant))
+@dataclass(frozen=True)
+class Import:
+    """`from foveal.core import errors` gives the names foveal.core and foveal.core.errors."""
+
+    names: tuple[str, ...]
+    place: str
+    deferred: bool  # inside a function: runs when it is called
+    typing_only: bool  # under `if TYPE_CHECKING`
+
+    def stays_in(self, modules: Collection[str]) -> bool:
+        """Whether every name belongs to one of the modules."""
+        return all(any(name == module or name.startswith(f"{module}.") for module in modules) for name in self.names if name != "foveal")
+
+    @property
+    def top(self) -> str:
+        return self.names[0].partition(".")[0]
+
+
+def _walk(node: ast.AST, path: Path, deferred: bool = False, typing_only: bool = False) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        place = f"{path.relative_to(ROOT)}:{getattr(child, 'lineno', 0)}"
+        if isinstance(child, ast.Import):
+            yield from (Import((alias.name,), place, deferred, typing_only) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"{place}: imports are absolute here"
+            module = child.module or ""
+            yield Import((module, *(f"{module}.{alias.name}" for alias in child.names)), place, deferred, typing_only)
+        elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            for statement in child.body:
+                yield from _walk(ast.Module([statement], []), path, deferred, True)
+            for statement in child.orelse:
+                yield from _walk(ast.Module([statement], []), path, deferred, typing_only)
+        else:
+            if isinstance(child, ast.Call) and ast.unparse(child.func).endswith(("import_module", "__import__")):
+                yield from (Import((str(name.value),), place, deferred, typing_only) for name in child.args[:1] if isinstance(name, ast.Constant))
+            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from _walk(child, path, deferred or inside, typing_only)
+
+
+def imports(folder: Path) -> list[Import]:
+    return [found for path in sorted(folder.rglob("*.py")) for found in _walk(ast.parse(path.read_text()), path)]
+
+
+def _refused(room: str, allowed: set[str]) -> list[str]:
+    """Imports of the house, outside the room itself, that are not allowed to it."""
+    return [
+        f"{found.place} imports {found.names[0]}"
+        for found in imports(ROOMS[room])
+        if found.top == "foveal" and not found.stays_in({*allowed, f"foveal.{room}"})
+    ]
+
+
+def test_the_reader_of_imports_sees_every_form_of_import() -> None:
+    deferred = "def f():\n    import g\n    importlib.import_module('h')\n"
+    source = f"import a.b\nfrom c import d\nif TYPE_CHECKING:\n    import e\n{deferred}"
+    found = {one.names: (one.deferred, one.typing_only) for one in _walk(ast.parse(source), ROOT / "x.py")}
+    assert found == {("a.b",): (False, False), ("c", "c.d"): (False, False), ("e",): (False, True), ("g",): (True, False), ("h",): (True, False)}
+
+
+def test_every_distribution_owns_one_room_under_foveal() -> None:
+    assert {"kernels", "core", "apps"} <= set(ROOMS)
+    for name, folder in ROOMS.items():
+        distribution = folder.parent.parent.parent
+        assert distribution.name == name
+        assert [child.name for child in folder.parent.iterdir() if child.name != "__pycache__"] == [name]
+
+
+def test_the_kernels_import_torch_triton_and_the_standard_library_only() -> None:
+    allowed = {"torch", "triton", "foveal", *sys.stdlib_module_names}
+    strangers = [
+        f"{found.place} imports {found.names[0]}"
+        for found in imports(ROOMS["kernels"])
+        if found.top not in allowed and not (found.typing_only and found.top == "jaxtyping")
+    ]
+    assert strangers == []
+    assert _refused("kernels", set()) == []
+
+
+def test_triton_is_imported_only_by_kernels_files_named_for_it() -> None:
+    """Whatever else imports it when loaded would need a machine with triton."""
+    early = [
+        found.place
+        for name, folder in ROOMS.items()
+        for found in imports(folder)
+        if found.top == "triton" and not found.deferred and not found.typing_only and not (name == "kernels" and "triton" in found.place)
+    ]
+    assert early == []
+
+
+def test_a_call_on_the_cpu_loads_neither_triton_nor_the_compiler_nor_the_names_of_shapes() -> None:
+    call = "from foveal.kernels import attention; import torch; q = torch.randn(1, 2, 8, 16, requires_grad=True); attention(q, q, q).sum().backward()"
+    loaded = "import sys; print(*({'triton', 'jaxtyping', 'torch._dynamo', 'torch._inductor'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", f"{call}; {loaded}"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+def test_the_core_knows_no_domain_and_no_kernel() -> None:
+    assert _refused("core", set()) == []
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_a_domain_knows_the_kernels_and_the_core_and_no_other_domain(domain: str) -> None:
+    assert _refused(domain, {"foveal.kernels", "foveal.core"}) == []
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_the_models_of_a_domain_are_networks_only(domain: str) -> None:
+    models = [found for found in imports(ROOMS[domain] / "models") if not found.typing_only]
+    assert [f"{found.place} imports {found.names[0]}" for found in models if found.top in NOT_IN_MODELS] == []
+    own = {f"foveal.{domain}.models", "foveal.kernels"}
+    assert [f"{found.place} imports {found.names[0]}" for found in models if found.top == "foveal" and not found.stays_in(own)] == []
+
+
+def test_the_apps_load_nothing_heavy_before_a_command_runs() -> None:
+    heavy = [
+        f"{found.place} imports {found.names[0]}"
+        for found in imports(ROOMS["apps"])
+        if not (found.deferred or found.typing_only or found.top in sys.stdlib_module_names or found.stays_in(LIGHT))
+    ]
+    assert heavy == []
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_no_room_imports_from_a_room_above_or_beside_it(room: str) -> None:
-    allowed = MAY_IMPORT[room] | {room}
-    broken = [
-        f"{file.relative_to(ROOT)}:{line} imports {module}"
-        for file in ROOMS[room].rglob("*.py")
-        for module, line in imports(file)
-        if module.startswith("foveal.") and module.split(".")[1] not in allowed
-    ]
-    assert not broken, "\n".join(broken)
-
-
-def test_the_kernels_need_torch_triton_and_the_standard_library_alone() -> None:
-    import sys
-
-    allowed = {*sys.stdlib_module_names, "torch", "triton", "foveal", "jaxtyping"}  # jaxtyping: for type checkers only, see below
-    broken = [
-        f"{file.relative_to(ROOT)}:{line} imports {module}"
-        for file in ROOMS["kernels"].rglob("*.py")
-        for module, line in imports(file)
-        # The patch that triton's interpreter needs for numpy lives in the tests' part.
-        if module.split(".")[0] not in allowed and "testing" not in file.parts
-    ]
-    assert not broken, "\n".join(broken)
-
-
-def test_the_kernels_name_shapes_for_type_checkers_only() -> None:
-    at_run_time = [
-        f"{file.relative_to(ROOT)}:{line}"
-        for file in ROOMS["kernels"].rglob("*.py")
-        for module, line in imports(file, top_level_only=True)
-        if module.startswith("jaxtyping")
-    ]
-    assert not at_run_time
-
-
-def test_the_apps_import_domains_and_torch_only_inside_functions() -> None:
-    light = {"foveal.core.errors.UserError"}
-    heavy = [
-        f"{file.relative_to(ROOT)}:{line} imports {module}"
-        for file in ROOMS["apps"].rglob("*.py")
-        for module, line in imports(file, top_level_only=True)
-        if module.split(".")[0] in ("torch", "lightning", "numpy", "foveal") and module not in light and not module.startswith("foveal.apps")
-    ]
-    assert not heavy, "\n".join(heavy)
-
-
-def test_models_know_neither_training_nor_files() -> None:
-    broken = [
-        f"{file.relative_to(ROOT)}:{line} imports {module}"
-        for domain in DOMAINS
-        for file in (ROOMS[domain] / "models").glob("*.py")
-        for module, line in imports(file)
-        if module.split(".")[0] in ("lightning", "wandb", "matplotlib", "soundfile") or module.startswith("foveal.core")
-    ]
-    assert not broken, "\n".join(broken)
-
-
-def test_foveal_is_a_namespace_that_no_distribution_owns() -> None:
-    assert not [path for room in ROOMS.values() if (path := room.parent / "__init__.py").exists()]
+def test_everything_that_a_distribution_imports_is_declared(room: str) -> None:
+    """What loads with a module is a dependency; what a function imports when it is called may be an extra."""
+    project = tomllib.loads((ROOMS[room].parent.parent.parent / "pyproject.toml").read_text())["project"]
+    needed = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
+    extras = {canonicalize_name(Requirement(line).name) for lines in project.get("optional-dependencies", {}).values() for line in lines}
+    owners = metadata.packages_distributions()
+    missing = []
+    for found in imports(ROOMS[room]):
+        if found.typing_only or found.top in sys.stdlib_module_names:
+            continue
+        if found.top == "foveal":
+            homes = {f"foveal-{name.split('.')[1]}" for name in found.names if "." in name and not name.startswith(f"foveal.{room}")}
+        else:
+            homes = {canonicalize_name(owner) for owner in owners.get(found.top, [found.top])}
+        optional = found.deferred or "/triton.py" in found.place or "/testing/" in found.place
+        if homes and not homes & (needed | extras if optional else needed):
+            missing.append(f"{found.place} imports {found.top}, of {', '.join(sorted(homes))}")
+    assert missing == []

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from foveal.kernels.dense.op import attention
-    from foveal.kernels.scan.op import selective_scan
-    from foveal.kernels.segment.op import CSR, segment_attention, segment_reduce, segment_softmax
-
     from foveal.kernels.dispatch import Explanation, explain
     from foveal.kernels.multiscale.op import channel_norm, depthwise_norm, gated_injection
+    from foveal.kernels.scan.op import selective_scan
+    from foveal.kernels.segment.op import CSR, segment_attention, segment_reduce, segment_softmax
 
 __all__ = [
     "CSR",

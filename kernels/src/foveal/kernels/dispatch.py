@@ -6,7 +6,6 @@ Every public operator lists its backends in order of preference, each with the r
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -32,10 +31,13 @@ class Explanation:
         return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.reasons.items()])
 
 
-@functools.cache
+#: Asked of the file system once, here: torch.compile traces through `has_triton` and would not follow the question.
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
 def has_triton() -> bool:
-    """Whether triton is installed; asks the file system, imports nothing."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether triton is installed; imports nothing."""
+    return _TRITON_IS_INSTALLED
 
 
 def interpreting() -> bool:

@@ -15,6 +15,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -23,8 +24,10 @@ from pathlib import Path
 
 SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 
-#: Infinities are meaningful in masks, so -ffast-math is taken without its finite-math part.
-FLAGS = ("-O3", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-shared", "-std=gnu11")
+#: The parts of -ffast-math that let sums and products vectorise. Not the flag itself: infinities are meaningful in masks, and gcc before
+#: 13 links it with code that makes the whole process flush denormal numbers to zero as soon as the library is loaded.
+FAST_MATH = ("-fassociative-math", "-freciprocal-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
+FLAGS = ("-O3", *FAST_MATH, "-fPIC", "-shared", "-std=gnu11")
 OPENMP = ("-fopenmp",)
 
 
@@ -71,6 +74,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FOVEAL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foveal") / "native"
 
 
+def cache_file(source: Path) -> Path:
+    """Where the library of `source` is kept: another text, other flags or another processor family is another file."""
+    build = " ".join((*FLAGS, sys.platform, platform.machine()))
+    digest = hashlib.sha256(source.read_bytes() + build.encode()).hexdigest()[:16]
+    return cache_folder() / f"{source.stem}-{digest}{SUFFIX}"
+
+
 def _is_current(library: Path, source: Path) -> bool:
     return library.exists() and (not source.exists() or library.stat().st_mtime >= source.stat().st_mtime)
 
@@ -92,12 +102,14 @@ def load(source: str) -> ctypes.CDLL | None:
             pass  # built for another machine: compile for this one
     if not path.exists():
         return None
-    digest = hashlib.sha256(path.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
-    library = cache_folder() / f"{path.stem}-{digest}{SUFFIX}"
+    library = cache_file(path)
     try:
-        if not library.exists():
-            compile_library(path, library)
-        return ctypes.CDLL(str(library))
+        if library.exists():
+            try:
+                return ctypes.CDLL(str(library))
+            except OSError:
+                pass  # a cache that was copied or cut short: compile again
+        return ctypes.CDLL(str(compile_library(path, library)))
     except (CompileError, OSError):
         return None
 

@@ -365,6 +365,8 @@ CLONES static void injection_backward_one(const float *local, const float *other
         const float *restrict g = grad + t * channels, *restrict w = gate + index[t] * channels, *restrict h = a + t * channels;
         const float *restrict scale = layers[0].scale, *restrict offset = layers[0].shift;
         float *restrict dl = dlocal_out + t * channels, *restrict dg = dgate + index[t] * channels, *restrict ds = dshift + index[t] * channels;
+        /* three outputs: restrict alone does not convince gcc that they are apart */
+#pragma GCC ivdep
         for (int64_t c = 0; c < channels; c++) {
             dl[c] = g[c] * w[c];
             dg[c] += g[c] * (h[c] * scale[c] + offset[c]);

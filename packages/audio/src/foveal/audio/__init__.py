@@ -13,10 +13,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from foveal.audio.predict import Separator
-
     from foveal.audio.checkpoints import load_official, systems, to_official
     from foveal.audio.models.tiger import TIGER, TIGERCinematic, TIGERConfig
+    from foveal.audio.predict import Separator
 
 __all__ = ["TIGER", "Separator", "TIGERCinematic", "TIGERConfig", "load_official", "systems", "to_official"]
 

@@ -86,13 +86,12 @@ def convert_file(system: str, source: str | Path, target: str | Path, back: bool
     """
     _require_known(system)
     if back:
-        model = model_from_weights(source, system)
-        conversion = _to_official(system, model)
+        conversion = _to_official(system, model_from_weights(source, system))
         with atomic_write(target) as temporary:
             _save_official(conversion.state, temporary)
         return conversion
     model, conversion = _load_official(system, source, {})
-    save_weights(target, model.state_dict(), system=system, config=asdict(model.config))  # type: ignore[arg-type]
+    save_weights(target, model.state_dict(), system=system, config=asdict(model.config))
     return conversion
 
 
@@ -140,7 +139,7 @@ def _config(system: str, keywords: Mapping[str, Any]) -> TIGERConfig:
         raise UserError(f"expected a config that makes a {system}: {error}") from None
 
 
-def _load_official(system: str, source: str | Path | Mapping[str, Tensor], keywords: Mapping[str, Any]) -> tuple[nn.Module, Conversion]:
+def _load_official(system: str, source: str | Path | Mapping[str, Tensor], keywords: Mapping[str, Any]) -> tuple[TIGER | TIGERCinematic, Conversion]:
     _require_known(system)
     if isinstance(source, (str, Path)) and Path(source).is_dir():  # as published on a hub: config.json beside the weights
         folder = Path(source)
@@ -246,12 +245,12 @@ def _tiger_table(config: TIGERConfig) -> Table:
             for head in range(config.heads)
         ]
         heads += [(f"{official}.Values.{head}", channels // config.heads) for head in range(config.heads)]
-        for ours, parts in ((f"{attention}.qkv", heads), (f"{attention}.project", [(f"{official}.attn_concat_proj", channels)])):
-            entry(f"{ours}.weight", *((f"{part}.conv.weight", (size, channels, 1, 1)) for part, size in parts))
-            entry(f"{ours}.bias", *((f"{part}.conv.bias", (size,)) for part, size in parts))
-            entry(f"{ours}_norm.slope", *((f"{part}.act.weight", (1,)) for part, _ in parts))
-            entry(f"{ours}_norm.weight", *((f"{part}.norm.gamma", (1, size, 1, 1)) for part, size in parts))
-            entry(f"{ours}_norm.bias", *((f"{part}.norm.beta", (1, size, 1, 1)) for part, size in parts))
+        for ours, layers in ((f"{attention}.qkv", heads), (f"{attention}.project", [(f"{official}.attn_concat_proj", channels)])):
+            entry(f"{ours}.weight", *((f"{part}.conv.weight", (size, channels, 1, 1)) for part, size in layers))
+            entry(f"{ours}.bias", *((f"{part}.conv.bias", (size,)) for part, size in layers))
+            entry(f"{ours}_norm.slope", *((f"{part}.act.weight", (1,)) for part, _ in layers))
+            entry(f"{ours}_norm.weight", *((f"{part}.norm.gamma", (1, size, 1, 1)) for part, size in layers))
+            entry(f"{ours}_norm.bias", *((f"{part}.norm.beta", (1, size, 1, 1)) for part, size in layers))
         entry(f"separator.{path}.norm.weight", (f"separator.{official_path}.2.gamma", (1, channels, 1, 1)))
         entry(f"separator.{path}.norm.bias", (f"separator.{official_path}.2.beta", (1, channels, 1, 1)))
     return table

@@ -1,0 +1,134 @@
+"""The runner of every benchmark here: contestants side by side in one process, interleaved, compared by ratio.
+
+A comparison is a function decorated with `@comparison("name", baseline="...")` that returns a dict from contestant to a callable
+without arguments (inputs made once, never zeros). One round runs each contestant once in turn, so that a change of the machine's load
+meets all of them; the figure is the median over rounds, the ratio the median of the rounds' own ratios.
+Time is process CPU time by default: other people's programs on the machine do not enter it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+Contestants = Mapping[str, Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One question: which contestants, which of them is the baseline, and the ratio promised (baseline time over ours)."""
+
+    name: str
+    baseline: str
+    ours: str
+    promise: float | None
+    make: Callable[[], Contestants]
+
+
+REGISTRY: dict[str, Comparison] = {}
+
+
+def comparison(
+    name: str, *, baseline: str, ours: str = "foveal", promise: float | None = None
+) -> Callable[[Callable[[], Contestants]], Callable[[], Contestants]]:
+    """Register the decorated function as a comparison; `promise` is the least ratio that the project states for it."""
+
+    def register(make: Callable[[], Contestants]) -> Callable[[], Contestants]:
+        REGISTRY[name] = Comparison(name, baseline, ours, promise, make)
+        return make
+
+    return register
+
+
+def machine() -> dict[str, Any]:
+    """Whose figures these are: processor, threads, versions, commit."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        model = next((line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), model)
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True).stdout.strip()
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit or "unknown",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def measure(question: Comparison, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
+    """Median seconds of each contestant, and the median of the rounds' ratios to the baseline."""
+    contestants = question.make()
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for call in contestants.values():  # first calls compile, allocate and warm caches
+        call()
+    for _ in range(rounds):
+        for name, call in contestants.items():
+            gc.collect()
+            start = clock()
+            call()
+            times[name].append(clock() - start)
+    ratios = {
+        name: statistics.median(base / other for base, other in zip(times[question.baseline], seconds, strict=True))
+        for name, seconds in times.items()
+    }
+    return {
+        "baseline": question.baseline,
+        "ours": question.ours,
+        "promise": question.promise,
+        "milliseconds": {name: round(1e3 * statistics.median(seconds), 4) for name, seconds in times.items()},
+        "spread": {name: round((max(seconds) - min(seconds)) / statistics.median(seconds), 3) for name, seconds in times.items()},
+        "times_faster_than_baseline": {name: round(ratio, 3) for name, ratio in ratios.items()},
+    }
+
+
+def main(title: str) -> None:
+    """Command line of a benchmark file: run the registered comparisons, print a table, write benchmarks/results/<title>.json."""
+    parser = argparse.ArgumentParser(description=f"benchmark {title}: contestants side by side, interleaved")
+    parser.add_argument("names", nargs="*", help="comparisons whose name contains one of these (default: all)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
+    parser.add_argument("--wall", action="store_true", help="wall clock instead of process CPU time")
+    parser.add_argument("--output", type=Path, default=RESULTS / f"{title}.json")
+    asked = parser.parse_args()
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    clock = time.perf_counter if asked.wall else time.process_time
+    chosen = [question for name, question in REGISTRY.items() if not asked.names or any(part in name for part in asked.names)]
+    if not chosen:
+        sys.exit(f"no comparison is called {' or '.join(asked.names)}; there are: {', '.join(REGISTRY)}")
+    report = {"machine": machine(), "clock": "wall" if asked.wall else "process CPU", "rounds": asked.rounds, "comparisons": {}}
+    if asked.names and asked.output.exists():  # a part of the comparisons was asked for: keep the others' figures
+        report["comparisons"] = json.loads(asked.output.read_text())["comparisons"]
+    for question in chosen:
+        figures = measure(question, asked.rounds, clock)
+        report["comparisons"][question.name] = figures
+        print(question.name)
+        for name, milliseconds in figures["milliseconds"].items():
+            ratio = figures["times_faster_than_baseline"][name]
+            print(f"  {name:32s} {milliseconds:12.3f} ms   {ratio:8.2f}x{' (baseline)' if name == question.baseline else ''}")
+        if question.promise is not None:
+            kept = figures["times_faster_than_baseline"][question.ours] >= question.promise
+            print(f"  promised: {question.promise}x, {'kept' if kept else 'NOT KEPT'}")
+    asked.output.parent.mkdir(parents=True, exist_ok=True)
+    asked.output.write_text(json.dumps(report, indent=1) + "\n")
