@@ -111,5 +111,6 @@ def _dry(trainer: pl.Trainer) -> bool:
 
 
 def _folder(trainer: pl.Trainer) -> Path:
-    """The run's folder; without the command line, what Lightning was told."""
-    return Path(os.environ.get(run_folder.VARIABLE) or trainer.log_dir or trainer.default_root_dir)
+    """The run's folder; without the command line, where Lightning was told to write."""
+    # trainer.log_dir would wait for all processes, and only the first one asks
+    return Path(os.environ.get(run_folder.VARIABLE) or trainer.default_root_dir)
