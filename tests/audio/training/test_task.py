@@ -21,7 +21,7 @@ from foveal.audio.tasks.separation import SeparationTask
 from foveal.audio.tasks.separation_report import SeparationReport
 from foveal.core.errors import UserError
 
-TINY = TIGERConfig(channels=16, hidden_channels=16, blocks=1, scales=3, window=512, hop=256, bands=((8, 187.5), (4, 500.0), (4, 1000.0)), dropout=0.0)
+TINY = TIGERConfig(channels=16, hidden_channels=16, blocks=2, scales=3, window=512, hop=256, bands=((8, 187.5), (4, 500.0), (4, 1000.0)), dropout=0.0)
 QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 

@@ -79,7 +79,7 @@ class SeparationTask(pl.LightningModule):
         before = pairwise_si_sdr(batch.mixture[:, None], batch.sources)[:, 0].mean(-1)
         self.log("val/loss", -si_sdr.mean(), batch_size=size, sync_dist=True)
         self.log("val/si_sdri", (si_sdr - before).mean(), batch_size=size, prog_bar=True, sync_dist=True)
-        if index == 0 and self.trainer.is_global_zero and not (self.trainer.sanity_checking or getattr(self.trainer, "fast_dev_run", False)):
+        if index == 0 and self.trainer.is_global_zero:
             show_separation(self.trainer, batch.mixture[0], reorder(estimates, order)[0], batch.sources[0], self.sample_rate)
 
     def test_step(self, batch: Example, index: int) -> None:
@@ -100,7 +100,7 @@ class SeparationTask(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Write and print the table."""
         rows, self.report = self.report, SeparationReport()
-        if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
+        if self.trainer.is_global_zero:
             rows.finish(self.trainer)
 
     def predict_step(self, batch: Example, index: int) -> Tensor:

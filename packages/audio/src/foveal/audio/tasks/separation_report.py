@@ -29,6 +29,8 @@ def show_separation(
     sample_rate: int,
 ) -> None:
     """Put a mixture, its separation and their spectrograms into ``examples/`` of the run's folder and on wandb."""
+    if trainer.sanity_checking or _dry(trainer):
+        return
     folder = _folder(trainer) / "examples"
     folder.mkdir(parents=True, exist_ok=True)
     # estimates have no bound of their own; all are played at one level, at which none is clipped
@@ -80,7 +82,7 @@ class SeparationReport:
 
     def finish(self, trainer: pl.Trainer) -> None:
         """Write both tables and print the means."""
-        if not self.rows:
+        if not self.rows or _dry(trainer):
             return
         folder = _folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,6 +105,12 @@ def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def _dry(trainer: pl.Trainer) -> bool:
+    """Whether this is a try of two batches that leaves no files."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
 def _folder(trainer: pl.Trainer) -> Path:
-    """The run's folder; without the command line, what Lightning was told."""
-    return Path(os.environ.get(run_folder.VARIABLE) or trainer.log_dir or trainer.default_root_dir)
+    """The run's folder; without the command line, where Lightning was told to write."""
+    # trainer.log_dir would wait for all processes, and only the first one asks
+    return Path(os.environ.get(run_folder.VARIABLE) or trainer.default_root_dir)
