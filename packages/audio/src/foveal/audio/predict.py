@@ -25,9 +25,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor
 
 from foveal.audio.audio_files import BLOCK_SECONDS, SUFFIXES, Recording, Resampler, measure_level, open_recording, wav_subtype, write_sources
-from foveal.audio.models.tiger import TIGER, TIGERConfig
+from foveal.audio.checkpoints import model_from_weights
+from foveal.audio.models.tiger import TIGER
 from foveal.audio.stitching import SpeakerOrder, plan_chunks, separate_stream
-from foveal.core.checkpoint import load_weights
 from foveal.core.device import resolve_device
 from foveal.core.errors import UserError
 from foveal.core.files import collect_inputs, output_folder
@@ -88,13 +88,8 @@ class Separator:
         path = BUNDLED_WEIGHTS if source is None else Path(source)
         if source is None and not path.exists():
             raise UserError(f"expected the package's own weights at {path}; they are missing; install foveal-audio again or pass --checkpoint")
-        weights = load_weights(path, system="tiger")
-        try:
-            model = TIGER(TIGERConfig(**weights.config))
-            model.load_state_dict(weights.state)
-        except (TypeError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"expected weights of a TIGER; those in {path} do not fit the config in its header: {reason}") from None
+        model = model_from_weights(path)
+        assert isinstance(model, TIGER)  # asked for by its system's name
         return cls(model, device, chunk_seconds)
 
     @overload
