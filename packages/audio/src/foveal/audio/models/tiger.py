@@ -195,7 +195,7 @@ class MultiScaleSelectiveAttention(nn.Module):
         merged = fused[max(len(fused) - 2, -1)]
         for merge, finer in zip(reversed(self.merge), reversed(fused), strict=True):
             merged = merge(finer, merged)
-        return x + self.project(merged)
+        return self.project(merged).add_(x)
 
 
 class ChannelNorm(nn.Module):
@@ -237,7 +237,7 @@ class FullFrequencyFrameAttention(nn.Module):
         scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
         mixed = torch.bmm(torch.softmax(scores, dim=-1), v)
         mixed = mixed.view(batch, self.heads, axis, other, self.value_channels).permute(0, 3, 2, 1, 4).flatten(-2)
-        return x + self.project_norm(self.project(mixed))
+        return self.project_norm(self.project(mixed)).add_(x)
 
 
 class Path(nn.Module):
@@ -251,7 +251,8 @@ class Path(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch other axis channels"]) -> Float[Tensor, "batch other axis channels"]:
         """X plus the path along `axis`, every position of `other` a sequence of its own in the MSA."""
-        return x + self.norm(self.attention(self.msa(x.flatten(0, 1)).view_as(x)))
+        # sums in place, here and in the parts: one array less through memory each
+        return self.norm(self.attention(self.msa(x.flatten(0, 1)).view_as(x))).add_(x)
 
 
 class FrequencyFrameInterleaved(nn.Module):
