@@ -189,8 +189,8 @@ INLINE void layer_backward(const float *restrict x, int64_t length, int64_t chan
             for (int64_t c = 0; c < channels; c++) out->bias[c] += hat[t * channels + c];
     if (kernel == 1) {
         for (int64_t t = 0; t < rows; t++) {
-            const float *restrict d = hat + t * channels, *restrict in = x + t * channels;
-            float *restrict din = dx + t * channels, *restrict dtap = out->taps;
+            const float *restrict d = hat + t * channels, *restrict in = x + t * layer->stride * channels;
+            float *restrict din = dx + t * layer->stride * channels, *restrict dtap = out->taps;
             for (int64_t c = 0; c < channels; c++) {
                 dtap[c] += d[c] * in[c];
                 din[c] += d[c] * taps[c];
