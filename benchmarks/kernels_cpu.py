@@ -80,12 +80,12 @@ def short_attention() -> Contestants:
     }
 
 
-@comparison("selective scan, B1 L1000 D256 N16, forward+backward", baseline="step by step in torch", promise=100.0)
+@comparison("selective scan, B4 L1000 D256 N16, forward+backward", baseline="step by step in torch", promise=100.0, rounds=1)
 def scan() -> Contestants:
     torch.manual_seed(0)
-    u, delta, z = (torch.randn(1, 256, 1000, requires_grad=True) for _ in range(3))
+    u, delta, z = (torch.randn(4, 256, 1000, requires_grad=True) for _ in range(3))
     rate = (-torch.arange(1.0, 17.0).repeat(256, 1)).requires_grad_()
-    b, c = (torch.randn(1, 16, 1000, requires_grad=True) for _ in range(2))
+    b, c = (torch.randn(4, 16, 1000, requires_grad=True) for _ in range(2))
     skip, bias = (torch.randn(256, requires_grad=True) for _ in range(2))
     leaves = [u, delta, rate, b, c, skip, z, bias]
 

@@ -320,10 +320,10 @@ def custom_op_arguments(**shapes: Any) -> tuple[Any, ...]:
 @pytest.mark.parametrize("optional", [(), ("D", "z", "delta_bias", "initial_state")])
 def test_the_custom_operators_obey_torch(optional: tuple[str, ...]) -> None:
     arguments = custom_op_arguments(optional=optional, length=10)
-    torch.library.opcheck(op.selective_scan_forward, arguments)
+    torch.library.opcheck(op.selective_scan_forward.overload, arguments)
     out, last_state, checkpoints = op.selective_scan_forward(*arguments)
     backward = (torch.randn_like(out), torch.randn_like(last_state), checkpoints.detach(), *arguments)
-    torch.library.opcheck(op.selective_scan_backward, backward, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    torch.library.opcheck(op.selective_scan_backward.overload, backward, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
 def test_it_compiles_without_a_graph_break() -> None:
