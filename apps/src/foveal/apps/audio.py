@@ -74,6 +74,9 @@ def convert(
     source: Annotated[Path, typer.Argument(help="The authors' checkpoint (.safetensors, .pt, .pth, .bin, .ckpt); with --back: ours.")],
     target: Annotated[Path, typer.Argument(help="File to write.")],
     back: Annotated[bool, typer.Option("--back", help="From ours to the authors' keys.")] = False,
+    keywords: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A keyword of the authors' constructor, such as num_blocks=4; repeatable.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Convert the authors' published checkpoint to ours, every key accounted for; --back converts ours to theirs."""
@@ -82,4 +85,14 @@ def convert(
 
     if target.exists() and not overwrite:
         raise UserError(f"{target} already exists; pass --overwrite to replace it, or choose another file")
-    typer.echo(convert_file(system, source, target, back=back))
+    typer.echo(convert_file(system, source, target, back=back, **_keywords(keywords or [])))
+
+
+def _keywords(settings: list[str]) -> dict[str, int]:
+    from foveal.core.errors import UserError
+
+    pairs = [setting.partition("=") for setting in settings]
+    wrong = [name + equals + value for name, equals, value in pairs if not name or not value.isdecimal()]
+    if wrong:
+        raise UserError(f"expected --set NAME=VALUE with a whole number, such as num_blocks=4; got {', '.join(wrong)}")
+    return {name: int(value) for name, _, value in pairs}

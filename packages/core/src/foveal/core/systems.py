@@ -152,7 +152,9 @@ class PublishedSystems:
             raise UserError(f"expected weights of {system} that fit the config in their header; those in {path} do not: {reason}") from None
         return model.eval()
 
-    def convert(self, system: str, source: str | Path, target: str | Path, back: bool = False) -> Conversion:
+    def convert(
+        self, system: str, source: str | Path, target: str | Path, back: bool = False, keywords: Mapping[str, Any] | None = None
+    ) -> Conversion:
         """Convert the authors' checkpoint file to ours, or with `back` ours to theirs; the account of every key is returned.
 
         Raises:
@@ -163,7 +165,7 @@ class PublishedSystems:
             with atomic_write(target) as temporary:
                 save_file(conversion.state, temporary) if temporary.suffix == ".safetensors" else torch.save(conversion.state, temporary)
             return conversion
-        model, conversion = self.load_official(system, source)
+        model, conversion = self.load_official(system, source, keywords)
         config: Any = model.config
         save_weights(target, model.state_dict(), system=system, config=asdict(config))
         return conversion

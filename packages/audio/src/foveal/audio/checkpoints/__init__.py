@@ -45,13 +45,15 @@ def to_official(system: str, model: nn.Module) -> dict[str, Tensor]:
     return _PUBLISHED.to_official(system, model).state
 
 
-def convert_file(system: str, source: str | Path, target: str | Path, back: bool = False) -> Conversion:
+def convert_file(system: str, source: str | Path, target: str | Path, back: bool = False, **config: Any) -> Conversion:
     """Convert the authors' checkpoint file to ours, or with `back` ours to theirs; the account of every key is returned.
+
+    `config` is as in `load_official`; with `back` the file of ours holds its own.
 
     Raises:
         UserError: as `load_official`; or a target that cannot be written.
     """
-    return _PUBLISHED.convert(system, source, target, back)
+    return _PUBLISHED.convert(system, source, target, back, config)
 
 
 def model_from_weights(path: str | Path, system: str = "tiger") -> nn.Module:
