@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from foveal.audio.losses import pairwise_si_sdr, pairwise_snr, pit
 from foveal.audio.models.tiger import TIGER, TIGERConfig
 from foveal.audio.tasks.separation import SeparationTask
 from foveal.audio.tasks.separation_report import SeparationReport
+from foveal.core.checkpoint import save_weights
 from foveal.core.errors import UserError
 
 TINY = TIGERConfig(channels=16, hidden_channels=16, blocks=2, scales=3, window=512, hop=256, bands=((8, 187.5), (4, 500.0), (4, 1000.0)), dropout=0.0)
@@ -207,3 +209,13 @@ def test_snr_of_validation_and_training_are_not_confused(batch: Example):
     task = SeparationTask(nn.Identity())
     task.network.forward = lambda mixture: noisy  # type: ignore[method-assign]
     assert task.training_step(batch, 0).item() == pytest.approx(-snr.mean().item(), abs=1e-4)
+
+
+def test_fine_tuning_starts_from_the_weights_of_a_file_and_refuses_those_of_another_network(tmp_path: Path):
+    torch.manual_seed(0)
+    trained = TIGER(TINY)
+    file = save_weights(tmp_path / "trained.safetensors", trained.state_dict(), system="tiger", config=TINY)
+    started = SeparationTask(TIGER(TINY), weights=str(file)).network.state_dict()
+    assert all(torch.equal(started[key], value) for key, value in trained.state_dict().items())
+    with pytest.raises(UserError, match="expected weights that fit the config's network"):
+        SeparationTask(TIGER(dataclasses.replace(TINY, hidden_channels=24)), weights=str(file))

@@ -18,6 +18,7 @@ from foveal.audio.losses import pairwise_si_sdr, pairwise_snr, pit, pit_loss
 from foveal.audio.metrics import has_perceptual_extras, perceptual_scores, reorder, sdr_improvement, si_sdr_improvement
 from foveal.audio.tasks.muon import Muon
 from foveal.audio.tasks.separation_report import SeparationReport, show_separation
+from foveal.core.checkpoint import load_weights
 from foveal.core.errors import UserError
 
 
@@ -39,9 +40,10 @@ class SeparationTask(pl.LightningModule):
         warmup: steps, for ``linear``.
         cooldown: share of all steps, for ``linear``.
         sample_rate: Hz, for what is played and scored.
+        weights: a ``.safetensors`` file of ours to start from, such as the bundled one: fine-tuning on one's own mixtures. None starts anew.
 
     Raises:
-        UserError: ``linear`` without ``trainer.max_steps``.
+        UserError: ``linear`` without ``trainer.max_steps``, or `weights` that cannot be read or do not fit `network`.
     """
 
     def __init__(
@@ -54,9 +56,16 @@ class SeparationTask(pl.LightningModule):
         warmup: int = 200,
         cooldown: float = 0.25,
         sample_rate: int = 16_000,
+        weights: str | None = None,
     ) -> None:
         super().__init__()
         self.network = network
+        if weights is not None:
+            try:
+                network.load_state_dict(load_weights(weights).state)
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(f"expected weights that fit the config's network; those in {weights} do not: {reason}") from None
         self.learning_rate, self.matrix_learning_rate = learning_rate, matrix_learning_rate
         self.schedule, self.patience = schedule, patience
         self.warmup, self.cooldown, self.sample_rate = warmup, cooldown, sample_rate
