@@ -36,7 +36,9 @@ def _candidates(x: Tensor, *others: Tensor | None) -> Candidates:
     return [("cpu", reason), ("torch", None)]
 
 
+# Cached tensors are made outside inference mode: one made inside could not take part in training later on.
 @functools.lru_cache(maxsize=1024)
+@torch.inference_mode(False)
 def _nearest_index(source: int, target: int, device: torch.device) -> Tensor:
     # asked of torch itself, so that its rounding is ours
     positions = torch.arange(source, dtype=torch.float32)[None, None]
@@ -306,6 +308,7 @@ channel_norm.candidates = _channel_norm_candidates  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def _sizes(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(sizes, device=device)
 

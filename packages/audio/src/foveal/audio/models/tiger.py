@@ -82,13 +82,16 @@ class TIGERConfig:
         return tuple((count, width) for count, width in groups)
 
 
+# What is cached is made outside inference mode: a tensor made inside could not take part in training later on.
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _hann(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Periodic Hann window, made in the precision of the data: not a buffer, which float64 would only convert."""
     return torch.hann_window(length, dtype=dtype, device=device)
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def _pooling_matrix(source: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(target, source) matrix of adaptive average pooling."""
     return F.adaptive_avg_pool1d(torch.eye(source, dtype=dtype, device=device)[None], target)[0].T.contiguous()
