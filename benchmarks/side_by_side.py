@@ -3,7 +3,7 @@
 A comparison is a function decorated with `@comparison("name", baseline="...")` that returns a dict from contestant to a callable
 without arguments (inputs made once, never zeros). One round runs each contestant once in turn, so that a change of the machine's load
 meets all of them; the figure is the median over rounds, the ratio the median of the rounds' own ratios.
-Time is process CPU time by default: other people's programs on the machine do not enter it.
+Each comparison has a process of its own. Time is process CPU time by default: other people's programs on the machine do not enter it.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ class Comparison:
 
 
 REGISTRY: dict[str, Comparison] = {}
+
+#: Arguments that a benchmark file took out of sys.argv for itself, to be given to the process of each comparison.
+PASSED_ON: list[str] = []
 
 
 def comparison(
@@ -122,18 +125,25 @@ def main(title: str) -> None:
     parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
     parser.add_argument("--wall", action="store_true", help="wall clock instead of process CPU time")
     parser.add_argument("--output", type=Path, default=RESULTS / f"{title}.json")
+    parser.add_argument("--this", help="measure the comparison of exactly this name in this process, and print its figures as JSON")
     asked = parser.parse_args()
     if asked.threads:
         torch.set_num_threads(asked.threads)
     clock = time.perf_counter if asked.wall else time.process_time
+    if asked.this:
+        print(json.dumps(measure(REGISTRY[asked.this], asked.rounds, clock)))
+        return
     chosen = [question for name, question in REGISTRY.items() if not asked.names or any(part in name for part in asked.names)]
     if not chosen:
         sys.exit(f"no comparison is called {' or '.join(asked.names)}; there are: {', '.join(REGISTRY)}")
     report = {"machine": machine(), "clock": "wall" if asked.wall else "process CPU", "rounds": asked.rounds, "comparisons": {}}
     if asked.names and asked.output.exists():  # a part of the comparisons was asked for: keep the others' figures
         report["comparisons"] = json.loads(asked.output.read_text())["comparisons"]
+    options = ["--rounds", str(asked.rounds), "--threads", str(torch.get_num_threads()), *(["--wall"] if asked.wall else [])]
     for question in chosen:
-        figures = measure(question, asked.rounds, clock)
+        # a process of its own: what the comparison before it did to the allocator must not decide who wins
+        child = [sys.executable, *sys.orig_argv[1 : sys.orig_argv.index(sys.argv[0]) + 1], *PASSED_ON, "--this", question.name, *options]
+        figures = json.loads(subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
         report["comparisons"][question.name] = figures
         print(question.name)
         for name, milliseconds in figures["milliseconds"].items():
@@ -141,6 +151,6 @@ def main(title: str) -> None:
             print(f"  {name:32s} {milliseconds:12.3f} ms   {ratio:8.2f}x{' (baseline)' if name == question.baseline else ''}")
         if question.promise is not None:
             kept = figures["times_faster_than_baseline"][question.ours] >= question.promise
-            print(f"  promised: {question.promise}x, {'kept' if kept else 'NOT KEPT'}")
+            print(f"  promised: {question.promise}x, {'kept' if kept else 'NOT KEPT'}", flush=True)
     asked.output.parent.mkdir(parents=True, exist_ok=True)
     asked.output.write_text(json.dumps(report, indent=1) + "\n")

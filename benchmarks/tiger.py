@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from side_by_side import Contestants, comparison, main
+from side_by_side import PASSED_ON, Contestants, comparison, main
 from torch import Tensor, nn
 
 from foveal.audio import TIGER, load_official, to_official
@@ -28,6 +28,7 @@ AUTHORS: Path | None = None
 if "--authors" in sys.argv:
     place = sys.argv.index("--authors")
     AUTHORS = Path(sys.argv[place + 1])
+    PASSED_ON += sys.argv[place : place + 2]
     del sys.argv[place : place + 2]
 
 BASELINE = "authors' code" if AUTHORS else "ours without fused kernels"
@@ -91,7 +92,7 @@ def contestants(blocks: int, seconds: float, training: bool = False) -> Contesta
         with torch.inference_mode():
             expected, actual = theirs(mixture[None]), ours(mixture)
         error = float((actual - expected).norm() / expected.norm())
-        print(f"relative difference of the outputs: {error:.1e}")
+        print(f"relative difference of the outputs: {error:.1e}", file=sys.stderr)
         assert error < 1e-4, "the two models disagree: their times cannot be compared"
         calls["authors' code"] = run(theirs)
     return calls
