@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 
-_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-# Set before torch is imported, and inherited by the commands that tests start: workers that all take every core wait for one another.
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _CORES // _WORKERS)))
+# Set before torch is imported, and inherited by workers and by the commands that tests start. One thread each: workers that all take every
+# core wait for one another, sums do not depend on the machine, and MKL's LU factorisation, which torch 2.11 breaks for a process that has
+# gone from one thread to several (set_num_threads(1), then (2), then linalg.solve), stays whole where a test changes the number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("MPLBACKEND", "Agg")

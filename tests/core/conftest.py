@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 
@@ -55,7 +56,7 @@ def start(workplace: Path) -> Callable[..., subprocess.Popen]:
     """Start a Python program in its own process, as the leader of a group."""
 
     def run(code: str) -> subprocess.Popen:
-        environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it
         return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, start_new_session=True, text=True)
 
     return run
