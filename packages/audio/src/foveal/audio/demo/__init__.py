@@ -1,8 +1,8 @@
 """A mixture of two real speakers that ships with the package, with what each of them said alone: separated, scored and drawn.
 
 LibriSpeech test-other (CC BY 4.0, LICENSE.TXT here): utterance 1998-15444-0003 (a woman) and 2609-156975-0005 (a man), both cut to the shorter
-one and brought to -25 dBFS. No model here is ever trained on these speakers. The mixture is their plain sum. Of 60 such pairs drawn at random
-the bundled weights separate this one about as well as the median: it shows what to expect, not the best there is.
+one and brought to -25 dBFS. No model here is ever trained on these speakers. The mixture is their plain sum. The pair was
+taken after training, for being ordinary: the bundled weights improve it by 3.7 dB, and mixtures of a woman and a man by 4.5 dB in the mean (card).
 """
 
 from __future__ import annotations
