@@ -1,0 +1,165 @@
+"""Structures in, energies, forces and stress out, held against the labels that the files carry."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import ase
+import ase.io
+import numpy as np
+from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from foveal.core.errors import UserError
+from foveal.core.files import atomic_write, collect_inputs, output_folder
+from foveal.core.reports import BatchReport
+from foveal.graphs3d.calculator import FovealCalculator
+from foveal.graphs3d.plots import draw_parity
+
+#: Suffixes of files that are looked for in folders; a file that is named may be anything that ASE reads.
+SUFFIXES = (".xyz", ".extxyz", ".cif", ".traj", ".db", ".vasp", ".poscar")
+#: Property -> unit of its error; energy is an atom's.
+UNITS = {"energy": "eV/atom", "forces": "eV/A", "stress": "eV/A^3"}
+
+Pairs = dict[str, list[tuple[np.ndarray, np.ndarray]]]
+
+
+def labels_of(atoms: ase.Atoms) -> dict[str, np.ndarray]:
+    """Energy (eV), forces and stress that a file carries, under ASE's names or with the prefix ``REF_``."""
+    found: dict[str, np.ndarray] = {}
+    if atoms.calc is not None:
+        for name in UNITS:
+            try:
+                value = atoms.calc.get_property(name, atoms, allow_calculation=False)
+            except PropertyNotImplementedError:
+                continue
+            if value is not None:
+                found[name] = np.asarray(value, dtype=float)
+    if "REF_energy" in atoms.info:
+        found["energy"] = np.asarray(atoms.info["REF_energy"], dtype=float)
+    if "REF_forces" in atoms.arrays:
+        found["forces"] = np.asarray(atoms.arrays["REF_forces"], dtype=float)
+    return found
+
+
+def read_structures(path: Path) -> list[ase.Atoms]:
+    """All structures of a file of any format that ASE reads.
+
+    Raises:
+        UserError: the file cannot be read, or holds none.
+    """
+    try:
+        structures = ase.io.read(path, index=":")
+    except Exception as error:  # ASE's readers raise whatever their parser meets
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        raise UserError(f"expected structures in a format that ASE reads; {path} cannot be read: {reason}; check the file") from None
+    if not structures:
+        raise UserError(f"expected at least one structure in {path}; it is empty")
+    return list(structures)
+
+
+def predict(atoms: ase.Atoms, calculator: FovealCalculator) -> ase.Atoms:
+    """The structure with the network's energy, forces and, where it is periodic throughout, stress.
+
+    Raises:
+        UserError: as `FovealCalculator.calculate`.
+    """
+    done = atoms.copy()
+    for stale in ("REF_forces", "REF_energy"):
+        done.arrays.pop(stale, None)
+        done.info.pop(stale, None)
+    calculator.calculate(done)
+    done.calc = SinglePointCalculator(done, **{name: calculator.results[name] for name in UNITS if name in calculator.results})
+    return done
+
+
+def errors_of(pairs: Pairs) -> dict[str, float]:
+    """Mean absolute and root mean square error of each property that has labels."""
+    numbers = {}
+    for name, rows in pairs.items():
+        if rows:
+            difference = np.concatenate([(predicted - label).ravel() for label, predicted in rows])
+            numbers[f"{name} MAE {UNITS[name]}"] = float(np.abs(difference).mean())
+            numbers[f"{name} RMSE {UNITS[name]}"] = float(np.sqrt(np.square(difference).mean()))
+    return numbers
+
+
+def compare(labels: Mapping[str, np.ndarray], predicted: ase.Atoms) -> Pairs:
+    """Label and prediction of each property that has both; energies are of one atom."""
+    results = predicted.calc.results
+    per = {"energy": len(predicted), "forces": 1, "stress": 1}
+    return {name: [(np.atleast_1d(label) / per[name], np.atleast_1d(results[name]) / per[name])] for name, label in labels.items() if name in results}
+
+
+def evaluate_command(
+    files: Sequence[Path],
+    *,
+    checkpoint: Path,
+    output: Path | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    overwrite: bool = False,
+    as_json: bool = False,
+) -> int:
+    """What ``foveal graphs3d evaluate`` does: ``<stem>_predicted.extxyz``, and with labels ``<stem>_errors.csv`` and ``<stem>_parity.png``.
+
+    Args:
+        files: of any format that ASE reads, and folders of them.
+        checkpoint: weights of ours.
+        output: folder for the results; None is ``evaluated`` here.
+        device: ``auto``, ``cpu`` or ``cuda[:N]``.
+        dtype: ``float32`` or ``float64``.
+        overwrite: replace existing results instead of keeping them.
+        as_json: print the report for machines.
+
+    Returns:
+        The exit code: 2 where a file could not be evaluated.
+
+    Raises:
+        UserError: no inputs, weights that cannot be loaded, or an output folder that cannot be written.
+    """
+    inputs = collect_inputs(files, SUFFIXES)
+    calculator = FovealCalculator.from_pretrained(checkpoint, device=device, dtype=dtype)
+    folder = output_folder(output or "evaluated", overwrite)
+    report = BatchReport()
+    for path in inputs:
+        target = folder / f"{path.stem}_predicted.extxyz"
+        if target.exists() and not overwrite:
+            report.kept(path, [str(target)])
+            continue
+        with report.item(path) as entry:
+            pairs: Pairs = {name: [] for name in UNITS}
+            predicted, rows = [], []
+            for index, atoms in enumerate(read_structures(path)):
+                try:
+                    predicted.append(predict(atoms, calculator))
+                except UserError as error:
+                    raise UserError(f"structure {index}: {error}") from None
+                own = compare(labels_of(atoms), predicted[-1])
+                rows.append({"structure": index, "atoms": len(atoms), **errors_of(own)})
+                for name, found in own.items():
+                    pairs[name] += found
+            with atomic_write(target) as temporary:
+                ase.io.write(temporary, predicted, format="extxyz")
+            entry.outputs = [str(target)]
+            entry.numbers = {"structures": float(len(predicted)), **errors_of(pairs)}
+            if any(pairs.values()):
+                entry.outputs += _write_errors(folder / path.stem, rows, pairs)
+    return report.finish(as_json)
+
+
+def _write_errors(stem: Path, rows: Sequence[Mapping[str, float]], pairs: Pairs) -> list[str]:
+    table, summary, picture = (stem.with_name(f"{stem.name}_{ending}") for ending in ("errors.csv", "errors.json", "parity.png"))
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with atomic_write(table) as temporary, temporary.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    with atomic_write(summary) as temporary:
+        temporary.write_text(json.dumps(errors_of(pairs), indent=2))
+    with atomic_write(picture) as temporary:
+        draw_parity(pairs, UNITS).savefig(temporary, dpi=150)
+    return [str(table), str(summary), str(picture)]
