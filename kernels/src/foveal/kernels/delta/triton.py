@@ -1,8 +1,9 @@
 """The part of the chunked delta rule and of Titans that goes from chunk to chunk, as two Triton kernels: torch launches some calls a chunk for it.
 
-A program owns a tile of the values of one head and keeps its state, (dim, values), in registers while it walks the chunks, with Titans memory
-and momentum (`PARTS` 2); backward it keeps the state's gradient and walks from the last. What needs no order, the triangular solves before and the products of each chunk's errors
-and states behind, stays with torch, all chunks at once. Everything is float32; no atomics, the same bits every time.
+A program owns a tile of the values of one head and keeps its state, (dim, values), in registers while it walks the chunks; of Titans memory
+and momentum (`PARTS` is 2). Backward it keeps the state's gradient and walks from the last. What needs no order, the triangular solves before
+and the products of each chunk's errors and states behind, stays with torch, all chunks at once. Everything is float32; no atomics, the same
+bits every time.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def _candidates(q: Tensor, k: Tensor, v: Tensor) -> Candidates:
     c = cpu.why_not() if on_cpu else f"it needs tensors on the CPU, these are on {q.device.type}"
     triton = why_not_triton(q, k, v)
     if triton is None and max(q.shape[3], v.shape[3]) > LARGEST_TRITON_DIM:
-        triton = f"it takes dims up to {LARGEST_TRITON_DIM}, these are {q.shape[3]} and {v.shape[3]}; wide heads are matrix products, which torch does"
+        triton = f"it takes dims up to {LARGEST_TRITON_DIM}, these are {q.shape[3]} and {v.shape[3]}: wide heads are torch's products"
     return [("triton", triton), ("cpu", c), ("reference", None)]
 
 

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.kernels.dispatch import interpreting
 from foveal.kernels.efficient.cpu import ordered_like
+from foveal.kernels.gathered import precision, width
 from foveal.kernels.linear.cpu import rows
 from foveal.kernels.testing.compile import CompileCase
 
@@ -174,26 +174,18 @@ def key_gradients_kernel(
     store_tokens(dk + batch * dk_batch + head * dk_head, dk_row, dlogits, first, keys, DIM, BLOCK, WIDTH)
 
 
-def _width(dim: int) -> int:
-    """Columns that hold `dim`: a power of two, at least what a matrix instruction takes."""
-    return max(16, triton.next_power_of_2(dim))
-
-
 def _blocks(dim: int, value_dim: int) -> dict[str, int]:
-    return {"DIM": dim, "VALUES": value_dim, "BLOCK": TOKENS, "WIDTH": _width(dim), "VALUE_WIDTH": _width(value_dim)}
+    return {"DIM": dim, "VALUES": value_dim, "BLOCK": TOKENS, "WIDTH": width(dim), "VALUE_WIDTH": width(value_dim)}
 
 
 def _warps(dim: int, value_dim: int) -> int:
-    return 1 if max(_width(dim), _width(value_dim)) <= 16 else 4
+    return 1 if max(width(dim), width(value_dim)) <= 16 else 4
 
 
 def _launch(kernel: Any, programs: int, device: torch.device, dim: int, value_dim: int, *arguments: Any) -> None:
-    exact = interpreting() or torch.version.hip is not None
+    constants = {**_blocks(dim, value_dim), "PRECISION": precision()}
     with torch.cuda.device(device if device.type == "cuda" else -1):  # -1: no device to switch to
-        # one TF32 product would be off by a thousandth, where float32 in torch is not: three come close
-        kernel[(programs,)](
-            *arguments, **_blocks(dim, value_dim), PRECISION="ieee" if exact else "tf32x3", num_warps=_warps(dim, value_dim), num_stages=1
-        )
+        kernel[(programs,)](*arguments, **constants, num_warps=_warps(dim, value_dim), num_stages=1)
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -254,15 +246,15 @@ def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
 def compile_cases() -> list[CompileCase]:
     """The narrow heads that it is made for, and the widest that it takes."""
     cases = []
-    signals = {"q", "k", "v", "out", "dout", "dq", "dk", "dv"}
-    for dim, dtype in ((8, "bf16"), (8, "fp32"), (64, "bf16")):
-        for precision, targets in (("tf32x3", ("sm_80", "sm_90", "sm_100")), ("ieee", ("gfx942",))):
-            constants = {**_blocks(dim, dim), "PRECISION": precision}
+    signals = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
+    for dim, dtype in ((8, "fp32"), (64, "bf16")):
+        for products, targets in (("tf32x3", ("sm_80", "sm_90", "sm_100")), ("ieee", ("gfx942",))):
+            constants = {**_blocks(dim, dim), "PRECISION": products}
             for kernel in (context_kernel, read_kernel, query_gradients_kernel, key_gradients_kernel):
-                types = {name: f"*{dtype}" for name in signals} | {name: "*fp32" for name in ("context", "sums", "dcontext", "taken")}
+                types = dict.fromkeys(signals, f"*{dtype}") | dict.fromkeys(("context", "sums", "dcontext", "taken"), "*fp32")
                 types |= {"mask": "*u8", "scale": "fp32"}
                 signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
-                name = f"{kernel.__name__.removesuffix('_kernel').replace('_', '-')}-d{dim}-{dtype}-{precision}"
+                name = f"{kernel.__name__.removesuffix('_kernel').replace('_', '-')}-d{dim}-{dtype}-{products}"
                 options: dict[str, Any] = {"num_warps": _warps(dim, dim), "num_stages": 1, "targets": targets}
-                cases.append(CompileCase(name, kernel, signature, constants, quick=(dim, dtype) == (8, "fp32"), **options))
+                cases.append(CompileCase(name, kernel, signature, constants, quick=dim == 8, **options))
     return cases
