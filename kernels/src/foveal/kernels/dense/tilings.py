@@ -58,8 +58,8 @@ def tiling(kernel: str, architecture: str, itemsize: int, width: int, *, modifie
     """The table's entry for a kernel.
 
     What changes the logits takes as many registers as they do, and what it loads a second stage of the pipeline would hold twice. So the
-    tile is halved for it, on both sides where a wide head's sums leave less room, and runs in one stage; `key_gradients`, which holds two
-    sums besides, spreads over eight warps.
+    tile is halved for it, on both sides where it is large or a wide head's sums leave less room, and runs in one stage; `key_gradients`,
+    which holds two sums besides, spreads over eight warps.
     """
     if interpreting():  # a tile costs the same whatever its size
         return Tiling(64, 64, 4, 1, split=width > 64)
@@ -69,7 +69,8 @@ def tiling(kernel: str, architecture: str, itemsize: int, width: int, *, modifie
     if kernel == "query_gradients":
         return replace(entry, keys=max(16, entry.keys // 2), stages=1)
     if kernel == "forward":
-        return replace(entry, queries=max(16, entry.queries // 2), keys=max(16, entry.keys // (1 if width <= 64 else 2)), stages=1)
+        keys = entry.keys // 2 if entry.keys > 32 or width > 64 else entry.keys
+        return replace(entry, queries=max(16, entry.queries // 2), keys=max(16, keys), stages=1)
     least, warps = (32, 8) if itemsize == 2 else (16, entry.warps)
     return replace(entry, queries=max(least, entry.queries // 2), warps=warps, stages=1)
 

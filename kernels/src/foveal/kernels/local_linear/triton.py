@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.kernels.gathered import precision, width
+from foveal.kernels.gathered import precision, width, written
 from foveal.kernels.testing.compile import CompileCase
 
 
@@ -301,13 +301,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, ridge: Tensor, causal: bool, scale:
     """(output in v's dtype, slopes (batch, heads, query, dim) in float32, which the backward pass needs)."""
     q, k, v, ridge = q.contiguous(), k.contiguous(), v.contiguous(), ridge.float().contiguous()
     batch, heads, queries, dim = q.shape
-    out = v.new_empty(batch, heads, queries, v.shape[3])
+    out = v.new_empty(batch, heads, queries, v.shape[3], dtype=written(v.dtype))
     slopes = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     if slopes.numel() == 0 and out.numel() == 0:
-        return out, slopes
+        return out.to(v.dtype), slopes
     arguments = (q, k, v, ridge, out, slopes, heads, queries, k.shape[2], scale, iterations, tolerance)
     _launch(forward_kernel, queries, batch * heads, "QUERIES", dim, v.shape[3], causal, q.device, *arguments)
-    return out, slopes
+    return out.to(v.dtype), slopes
 
 
 def backward(
@@ -322,12 +322,12 @@ def backward(
     iterations: int,
     tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v in their dtypes, and of ridge in float32."""
+    """Gradients of q, k, v and ridge."""
     q, k, v, dout, slopes = (t.contiguous() for t in (q, k, v, dout, slopes))
     strength = ridge.float().contiguous()
     batch, heads, queries, dim = q.shape
     keys, value_dim = v.shape[2:]
-    dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+    dq, dk, dv = (torch.empty_like(t, dtype=written(t.dtype)) for t in (q, k, v))
     if 0 in (batch, heads, queries, keys):
         return dq.zero_(), dk.zero_(), dv.zero_(), torch.zeros_like(strength)
     pairs = batch * heads
