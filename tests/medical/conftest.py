@@ -40,8 +40,7 @@ class Golden:
     def __init__(self, system: str, variant: str) -> None:
         whole = json.loads((GOLDEN / f"{system}.json").read_text())
         self.about = whole["variants"][variant]
-        file = GOLDEN / f"{system}_{variant}.npz"
-        self.arrays = np.load(file if file.exists() else GOLDEN / f"{system}.npz")
+        self.arrays = np.load(GOLDEN / f"{variant if variant.startswith(system) else f'{system}_{variant}'}.npz")
         self.shapes = {key: tuple(shape) for key, shape in self.about.get("state_dict", whole.get("state_dict", {})).items()}
 
     def __getitem__(self, name: str) -> np.ndarray:

@@ -11,21 +11,24 @@ from torch import Tensor, nn
 
 from foveal.core.official import Conversion
 from foveal.core.systems import PublishedSystems, System
-from foveal.medical.checkpoints import guided_attention
+from foveal.medical.checkpoints import guided_attention, mhs_vm, rat
 from foveal.medical.models.guided_attention import GuidedAttentionNet
+from foveal.medical.models.mhs_vm import MHSVM
 
 
 class _MedicalSystems(PublishedSystems):
-    """The authors of guided attention load with strict keys, and their network has modules that it never uses."""
+    """Authors load with strict keys: what their networks hold twice or never use is written too."""
 
     def to_official(self, system: str, model: nn.Module) -> Conversion:
         conversion = super().to_official(system, model)
         if isinstance(model, GuidedAttentionNet):
             conversion = replace(conversion, state={**conversion.state, **guided_attention.unused_tensors(model.config.width)})
+        elif isinstance(model, MHSVM):
+            conversion = replace(conversion, state=mhs_vm.with_second_names(conversion.state))
         return conversion
 
 
-_PUBLISHED = _MedicalSystems("medical", guided_attention.MSA_GUIDED)
+_PUBLISHED = _MedicalSystems("medical", guided_attention.MSA_GUIDED, rat.RAT_SYSTEM, mhs_vm.MHS_VM)
 
 
 def systems() -> tuple[System, ...]:
