@@ -56,7 +56,7 @@ def recurrent(length: int, dim: int, value_dim: int) -> Tensors:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("length", "dim", "value_dim"), [(1, 8, 8), (37, 20, 17), (300, 64, 64), (130, 128, 128)])
+@pytest.mark.parametrize(("length", "dim", "value_dim"), [(1, 8, 8), (37, 20, 17), (300, 64, 64), (130, 64, 50)])
 def test_the_delta_rule_and_titans_walk_like_their_recurrences(length: int, dim: int, value_dim: int, dtype: torch.dtype) -> None:
     tensors, rate = recurrent(length, dim, value_dim), uniform(2, 3, length)
     holds_the_rule(lambda **a: [gated_delta_rule(**a)], {**tensors, "beta": rate, "g": -0.3 * uniform(2, 3, length + 1)[..., 1:]}, dtype, 1)
@@ -66,7 +66,7 @@ def test_the_delta_rule_and_titans_walk_like_their_recurrences(length: int, dim:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("queries", "keys", "dim", "value_dim"), [(100, 100, 16, 16), (40, 90, 32, 20), (30, 12, 8, 8), (130, 130, 64, 64), (33, 65, 128, 128)]
+    ("queries", "keys", "dim", "value_dim"), [(100, 100, 16, 16), (40, 90, 32, 20), (30, 12, 8, 8), (130, 130, 64, 64), (33, 65, 50, 60)]
 )
 def test_local_regressions_are_the_direct_solves(queries: int, keys: int, dim: int, value_dim: int, dtype: torch.dtype) -> None:
     tensors = {"q": 0.7 * normal(2, 2, queries, dim), "k": 0.7 * normal(2, 2, keys, dim + 1)[..., :dim], "v": normal(2, 2, keys, value_dim)}
@@ -81,7 +81,7 @@ def test_local_regressions_are_the_direct_solves(queries: int, keys: int, dim: i
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("lengths", "dim"), [((40, 40, 40), 16), ((5, 70, 33), 24), ((33, 20, 64), 64), ((17, 40, 40), 128)])
+@pytest.mark.parametrize(("lengths", "dim"), [((40, 40, 40), 16), ((5, 70, 33), 24), ((33, 20, 64), 64), ((17, 40, 40), 50)])
 def test_three_way_attention_is_the_sum_over_all_triples(lengths: tuple[int, int, int], dim: int, causal: bool, dtype: torch.dtype) -> None:
     queries, first, second = lengths
     sizes = {"q": queries, "k1": first, "k2": second, "v1": first, "v2": second}
@@ -93,7 +93,7 @@ def test_three_way_attention_is_the_sum_over_all_triples(lengths: tuple[int, int
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
-    ("batch", "heads", "queries", "keys", "dim"), [(512, 8, 20, 20, 8), (2, 3, 100, 333, 20), (1, 2, 1, 1, 8), (4, 2, 65, 64, 64)]
+    ("batch", "heads", "queries", "keys", "dim"), [(512, 8, 20, 20, 8), (2, 3, 100, 333, 20), (1, 2, 1, 1, 8), (4, 2, 65, 64, 32)]
 )
 def test_softmaxes_over_features_and_keys_are_those_of_torch(
     batch: int, heads: int, queries: int, keys: int, dim: int, masked: bool, dtype: torch.dtype

@@ -18,7 +18,7 @@ from foveal.kernels.linear.packed import pack, places, unpack
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-#: Largest head dimension and chunk whose products the Triton kernels keep on chip.
+#: Largest head dimension, of all states together, and largest chunk whose products the Triton kernels keep in registers.
 LARGEST_TRITON_DIM, LARGEST_TRITON_CHUNK = 128, 16
 
 
@@ -280,11 +280,11 @@ def _cast(q: Tensor, k: Tensor, v: Tensor, normalize_qk: bool) -> tuple[Tensor, 
     return (F.normalize(q, dim=-1), F.normalize(k, dim=-1), v) if normalize_qk else (q, k, v)
 
 
-def _why_no_walk_in_triton(chunk_size: int, q: Tensor, *tensors: Tensor | None) -> str | None:
-    """Reason why the kernel that walks from chunk to chunk cannot take the call, or None."""
+def _why_no_walk_in_triton(parts: int, chunk_size: int, q: Tensor, *tensors: Tensor | None) -> str | None:
+    """Reason why the kernel that walks from chunk to chunk with `parts` states cannot take the call, or None."""
     reason = why_not_triton(q, *tensors)
-    if reason is None and q.shape[3] > LARGEST_TRITON_DIM:
-        reason = f"it takes head dimensions up to {LARGEST_TRITON_DIM}, this one is {q.shape[3]}"
+    if reason is None and parts * q.shape[3] > LARGEST_TRITON_DIM:
+        reason = f"it takes head dimensions up to {LARGEST_TRITON_DIM // parts}, this one is {q.shape[3]}"
     if reason is None and chunk_size > LARGEST_TRITON_CHUNK:
         reason = f"it takes chunks of up to {LARGEST_TRITON_CHUNK} tokens, these are of {chunk_size}"
     return reason
@@ -293,7 +293,7 @@ def _why_no_walk_in_triton(chunk_size: int, q: Tensor, *tensors: Tensor | None) 
 def _candidates(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None, chunk_size: int) -> Candidates:
     on_cpu = q.device.type == "cpu"
     c = cpu.why_not() if on_cpu else f"it needs tensors on the CPU, these are on {q.device.type}"
-    triton = _why_no_walk_in_triton(chunk_size, q, k, v, beta, g, initial_state)
+    triton = _why_no_walk_in_triton(1, chunk_size, q, k, v, beta, g, initial_state)
     return [("triton", triton), ("cpu", c), ("torch", None), ("reference", None)]
 
 
@@ -301,7 +301,7 @@ def _titans_candidates(
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor, alpha: Tensor, eta: Tensor, states: tuple[Tensor, Tensor] | None, chunk_size: int
 ) -> Candidates:
     return [
-        ("triton", _why_no_walk_in_triton(chunk_size, q, k, v, theta, alpha, eta, *(states or ()))),
+        ("triton", _why_no_walk_in_triton(2, chunk_size, q, k, v, theta, alpha, eta, *(states or ()))),
         ("torch", None),
         ("reference", None),
         ("cpu", "it has no C form: its chunks are matrix products, which torch does"),

@@ -69,8 +69,8 @@ def tiling(kernel: str, architecture: str, itemsize: int, width: int, *, modifie
     if kernel == "query_gradients":
         return replace(entry, keys=max(16, entry.keys // 2), stages=1)
     if kernel == "forward":
-        keys = entry.keys // 2 if entry.keys > 32 or width > 64 else entry.keys
-        return replace(entry, queries=max(16, entry.queries // 2), keys=max(16, keys), stages=1)
+        rows, keys = entry.queries // 2, entry.keys // 2 if entry.keys > 32 or width > 64 else entry.keys
+        return replace(entry, queries=max(16, rows if width <= 128 else min(32, rows)), keys=max(16, keys), stages=1)
     least, warps = (32, 8) if itemsize == 2 else (16, entry.warps)
     return replace(entry, queries=max(least, entry.queries // 2), warps=warps, stages=1)
 

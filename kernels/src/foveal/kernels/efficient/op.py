@@ -70,7 +70,7 @@ def efficient_attention(
 
 
 #: Head and value dimensions whose summary of the values one program keeps in registers.
-LARGEST_TRITON_DIM = 64
+LARGEST_TRITON_DIM = 32
 
 
 def _candidates(q: Tensor, k: Tensor, v: Tensor) -> Candidates:

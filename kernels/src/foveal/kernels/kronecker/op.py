@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 #: Head and value dimensions whose rows the Triton kernels keep in registers.
-LARGEST_TRITON_DIM = 128
+LARGEST_TRITON_DIM = 64
 
 
 def kronecker_attention(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 #: Head and value dimensions whose tiles the Triton kernels keep in registers.
-LARGEST_TRITON_DIM = 128
+LARGEST_TRITON_DIM = 64
 
 
 def local_linear_attention(
