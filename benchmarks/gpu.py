@@ -178,18 +178,14 @@ def cases(device: torch.device) -> Iterator[Case]:
     rates = {"theta": uniform(1, heads, length), "alpha": 0.1 * uniform(1, heads, length), "eta": 0.9 * uniform(1, heads, length)}
     memory = {name: t for name, t in recurrent.items() if name != "beta"} | rates
     yield Case("titans", "d64", memory, lambda t, b: [fk.titans(**t, backend=b)])
-    scan = {
-        "u": normal(2, 16, length),
-        "delta": normal(2, 16, length),
-        "A": -normal(16, 16).exp(),
-        "B": normal(2, 16, length),
-        "C": normal(2, 16, length),
-    }
+    rows = (size(2, 1), size(16, 2), size(300, 20))
+    scan = {"u": normal(*rows), "delta": normal(*rows), "A": -normal(rows[1], 16).exp()}
+    scan |= {name: normal(rows[0], 16, rows[2]) for name in ("B", "C")}
     yield Case("selective_scan", "n16", scan, lambda t, b: [fk.selective_scan(**t, delta_softplus=True, backend=b)], ("u", "delta", "B", "C"))
     nodes, edges = size(400, 10), size(5000, 30)
     index = on(torch.randint(nodes, (2, edges), generator=draw))
     graph = {**qkv(nodes, size(8, 2), 16), "edge_bias": normal(edges, size(8, 2))}
-    yield Case("segment_attention", "edge bias", graph, lambda t, b: [fk.segment_attention(**t, edge_index=index, backend=b)])
+    yield Case("segment_attention", "edge bias", graph, lambda t, b: [fk.segment_attention(**t, edges=index, backend=b)])
     fitted = {**qkv(1, heads, size(100, 20), 32), "ridge": 1 + uniform(heads)}
     yield Case("local_linear_attention", "d32", fitted, lambda t, b: [fk.local_linear_attention(**t, backend=b, **_solved(b))])
     triples = {name: normal(1, heads, size(40, 6), 32) for name in ("q", "k1", "k2", "v1", "v2")}

@@ -11,7 +11,7 @@ from torch import Tensor
 from foveal.kernels.bench import Contestants, comparison, forward_and_backward, peer, size
 from foveal.kernels.scan.op import selective_scan
 
-_BATCH, _CHANNELS, _LENGTH, _STATE = size(64, 1), size(512, 8), size(1000, 40), 16
+_BATCH, _CHANNELS, _LENGTH, _STATE = size(64, 1), size(512, 2), size(1000, 20), 16
 #: Bytes of u, delta, z and the output, and of B and C, in float32.
 _TRAFFIC = 4.0 * _BATCH * _LENGTH * (4 * _CHANNELS + 2 * _STATE)
 
