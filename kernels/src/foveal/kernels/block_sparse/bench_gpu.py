@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -29,5 +30,5 @@ def top_blocks() -> Contestants:
         compiled = torch.compile(flex_attention, dynamic=False)
         listed = index.to_mask()[..., ::64, ::64].expand(1, heads, tiles, tiles).contiguous()
         blocks = create_block_mask(lambda b, h, i, j: listed[b, h, i // 64, j // 64], 1, heads, length, length, device=str(q.device))
-        calls["FlexAttention"] = lambda: compiled(q, k, v, block_mask=blocks)
+        calls["FlexAttention"] = lambda: cast(Tensor, compiled(q, k, v, block_mask=blocks))
     return {name: forward_and_backward(call, [q, k, v]) for name, call in calls.items()}

@@ -26,7 +26,9 @@ def speech() -> Contestants:
     leaves = [u, delta, rate, b, c, skip, z, bias]
 
     def ours(backend: str | None) -> Callable[[], None]:
-        return forward_and_backward(lambda: cast(Tensor, selective_scan(*leaves, delta_softplus=True, backend=backend)), leaves)
+        return forward_and_backward(
+            lambda: cast(Tensor, selective_scan(u, delta, rate, b, c, skip, z, bias, delta_softplus=True, backend=backend)), leaves
+        )
 
     found = {"foveal": ours(None), "torch form": ours("torch")}
     mamba = peer("mamba_ssm.ops.selective_scan_interface") if u.is_cuda else None
