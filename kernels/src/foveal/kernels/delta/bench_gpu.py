@@ -13,10 +13,10 @@ from foveal.kernels.bench import Contestants, comparison, forward_and_backward, 
 from foveal.kernels.delta.op import gated_delta_rule, titans
 
 
-def inputs(rates: int) -> tuple[list[Tensor], list[Tensor]]:
+def inputs(rates: int, dim: int) -> tuple[list[Tensor], list[Tensor]]:
     """q, k (of norm 1) and v in bfloat16, and rates from 0 to 1."""
     torch.manual_seed(0)
-    shape = (size(4, 1), size(16, 1), size(4096, 33), size(128, 16))
+    shape = (size(4, 1), size(16, 1), size(4096, 33), size(dim, 16))
     q, k, v = (torch.randn(shape) for _ in range(3))
     signals = [t.bfloat16().requires_grad_() for t in (q, F.normalize(k, dim=-1), v)]
     return signals, [torch.rand(shape[:3]).requires_grad_() for _ in range(rates)]
@@ -24,7 +24,7 @@ def inputs(rates: int) -> tuple[list[Tensor], list[Tensor]]:
 
 @comparison("gated delta rule, bf16 B4 H16 N4096 D128, forward+backward", baseline="torch form", devices=("cuda",))
 def gated() -> Contestants:
-    (q, k, v), (beta, keep) = inputs(2)
+    (q, k, v), (beta, keep) = inputs(2, 128)
     g = (-0.1 * keep.detach()).requires_grad_()
     leaves = [q, k, v, beta, g]
 
@@ -39,9 +39,9 @@ def gated() -> Contestants:
     return found
 
 
-@comparison("Titans, bf16 B4 H16 N4096 D128, forward+backward", baseline="torch form", devices=("cuda",))
+@comparison("Titans, bf16 B4 H16 N4096 D64, forward+backward", baseline="torch form", devices=("cuda",))
 def momentum() -> Contestants:
-    signals, rates = inputs(3)
+    signals, rates = inputs(3, 64)
     leaves = [*signals, *rates]
 
     def ours(backend: str | None) -> Callable[[], None]:
