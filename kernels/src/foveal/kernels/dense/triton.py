@@ -389,7 +389,7 @@ def compile_cases() -> list[CompileCase]:
                         divisible=[*_aligned("", signature)],
                         matrix=itemsize == 2 and part.kernel is not prepare_kernel,
                         targets=targets,
-                        quick=(dim == 64 and (dtype, variant) == ("bf16", "positions")) or (name, dim, variant) == ("forward", 64, "all"),
+                        quick=(dim, dtype, variant) == (64, "fp16", "all") or part.suffix == "-table",
                     )
                 )
     return cases + _window_cases()
