@@ -12,7 +12,7 @@ from foveal.core.official import Conversion
 from foveal.core.systems import PublishedSystems, System
 from foveal.detection.checkpoints import sdanet, yolov13
 
-_PUBLISHED = PublishedSystems("detection", yolov13.YOLOV13, sdanet.SDANET_NECK)
+_PUBLISHED = PublishedSystems("detection", yolov13.YOLOV13, sdanet.SDANET, sdanet.SDANET_NECK)
 
 
 def systems() -> tuple[System, ...]:
@@ -24,7 +24,7 @@ def load_official(system: str, source: str | Path | Mapping[str, Tensor], **conf
     """Our model with the authors' weights, in eval mode.
 
     Args:
-        system: "yolov13" or "sdanet_neck".
+        system: "yolov13", "sdanet" or "sdanet_neck".
         source: the authors' file, or a state dict with their keys. float64 tensors give a float64 model.
         **config: of "yolov13" ``scale`` ("n", "s", "l", "x") and ``nc``, the number of classes; by default what the weights themselves say.
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
 
 from foveal.core.systems import Adapter, System
+from foveal.detection.models.sdanet import SDANet, SDANetConfig
 from foveal.detection.models.selective_attention import SelectiveDenseConfig, SelectiveDenseNeck
 
 _PAPER = "Wang et al.: Towards Real-world X-ray Security Inspection: A High-Quality Benchmark and Lightweight Framework, ICCV 2021"
@@ -58,4 +63,57 @@ SDANET_NECK = Adapter(
     table=_table,
     model=SelectiveDenseNeck,
     keywords={name: name for name in ("channels", "levels")},
+)
+
+
+def _detector_table(model: nn.Module) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    assert isinstance(model, SDANet)
+    journal = model.config.convention == "edges"
+    roi = "roi_head." if journal else ""
+    names = [
+        (r"backbone\.body\.", "backbone."),
+        (r"backbone\.fpn\.inner_blocks\.(\d)\.0\.", r"neck.lateral_convs.\1.conv."),
+        (r"backbone\.fpn\.layer_blocks\.(\d)\.0\.", r"neck.fpn_convs.\1.conv."),
+        (r"proposal\.conv\.", "rpn_head.rpn_conv."),
+        (r"proposal\.score\.", "rpn_head.rpn_cls."),
+        (r"proposal\.move\.", "rpn_head.rpn_reg."),
+        (r"boxes\.(\d)\.hidden\.1\.", rf"{roi}bbox_head.\1.shared_fcs.0."),
+        (r"boxes\.(\d)\.hidden\.3\.", rf"{roi}bbox_head.\1.shared_fcs.1."),
+        (r"boxes\.(\d)\.score\.", rf"{roi}bbox_head.\1.fc_cls."),
+        (r"boxes\.(\d)\.move\.", rf"{roi}bbox_head.\1.fc_reg."),
+        *((rf"masks\.(\d)\.{2 * place}\.", rf"{roi}mask_head.\1.convs.{place}.conv.") for place in range(4)),
+        (r"masks\.(\d)\.8\.", rf"{roi}mask_head.\1.upsample."),
+        (r"masks\.(\d)\.10\.", rf"{roi}mask_head.\1.conv_logits."),
+    ]
+    table = {} if model.neck is None else neck_table(model.neck, "neck.", "neck." if journal else "")
+    for key, value in model.state_dict().items():
+        if not key.startswith("neck."):
+            pattern, replacement = next(pair for pair in names if re.match(pair[0], key))
+            table[key] = [(re.sub(f"^{pattern}", replacement, key), tuple(value.shape))]
+    return table
+
+
+def _detector(config: SDANetConfig, official: Mapping[str, Tensor] | None) -> SDANet:
+    """The keys of the boxes' heads tell which of the two codes wrote them."""
+    if official is not None:
+        journal = any(key.startswith("roi_head.") for key in official)
+        selective = any("selective_attention_" in key for key in official)
+        config = replace(config, convention="edges" if journal else "pixels", selective=selective)
+    return SDANet(config)
+
+
+SDANET = Adapter(
+    system=System(
+        name="sdanet",
+        title="prohibited items in X-ray pictures of baggage: boxes, masks and classes",
+        paper=_PAPER,
+        parameters=97_092_912,
+        repository="github.com/bywang2018/security-dataset",
+        licence="Apache-2.0 (code); the PIDray pictures are for academic use",
+    ),
+    config=SDANetConfig,
+    build=_detector,
+    table=_detector_table,
+    model=SDANet,
+    keywords={"classes": "classes", "depth": "depth", "convention": "convention"},
 )

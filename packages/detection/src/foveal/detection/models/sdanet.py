@@ -27,7 +27,7 @@ POOLED = 4
 RATIOS, ANCHOR_SCALE = (0.5, 1.0, 2.0), 8.0
 #: How far a box may be from its start in each stage, as a share of its size.
 SPREADS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
-_UNIT = (1.0, 1.0, 1.0, 1.0)
+UNIT = (1.0, 1.0, 1.0, 1.0)
 DEPTHS = {18: resnet.resnet18, 34: resnet.resnet34, 50: resnet.resnet50, 101: resnet.resnet101}
 
 
@@ -186,7 +186,7 @@ class SDANet(nn.Module):
             boxes, scores, groups = [], [], []
             for level, ((score, move), places) in enumerate(zip(answers, anchors, strict=True)):
                 best, chosen = score[picture].topk(min(count, score.shape[1]))
-                boxes.append(self.convention.decode(places[chosen], move[picture, chosen], _UNIT, size))
+                boxes.append(self.convention.decode(places[chosen], move[picture, chosen], UNIT, size))
                 scores.append(best)
                 groups.append(torch.full_like(chosen, level))
             together = torch.cat(boxes)
