@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from foveal.apps.verbs import add_convert
+from foveal.apps.verbs import add_convert, add_training
 
 app = typer.Typer(rich_markup_mode=None)
 
+add_training(app, "detection", "configs/detection/yolov13n_small.yaml")
 add_convert(app, "detection")
-
-
-@app.callback()
-def _group() -> None:
-    """Keep the verb in the command line, however few there are."""
