@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -53,12 +53,15 @@ def coco_predictions(number: int, boxes: np.ndarray, scores: np.ndarray, categor
     ]
 
 
-def average_precision(truth: dict[str, Any], predictions: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
+def average_precision(
+    truth: dict[str, Any], predictions: list[dict[str, Any]], kind: Literal["bbox", "segm"] = "bbox"
+) -> tuple[dict[str, float], dict[str, float]]:
     """COCO's twelve numbers, and the AP of each class by its name; -1 where there is nothing to find.
 
     Args:
         truth: as `coco_ground_truth` gives it.
-        predictions: as `coco_predictions` gives them, of all pictures.
+        predictions: as `coco_predictions` gives them, of all pictures; for masks with ``segmentation`` in place of ``bbox``.
+        kind: "bbox" compares boxes, "segm" masks.
     """
     if not predictions:
         asked = {annotation["category_id"] for annotation in truth["annotations"]}
@@ -68,7 +71,7 @@ def average_precision(truth: dict[str, Any], predictions: list[dict[str, Any]]) 
         reference = COCO()
         reference.dataset = truth
         reference.createIndex()
-        evaluation = COCOeval(reference, reference.loadRes(predictions), "bbox")
+        evaluation = COCOeval(reference, reference.loadRes(predictions), kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
