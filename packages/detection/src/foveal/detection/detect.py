@@ -12,6 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 from PIL import Image
+from rich.console import Console
 from rich.progress import track
 
 from foveal.core.errors import UserError
@@ -81,7 +82,7 @@ def detect_command(
         trained = model
     options = options or Options()
     report, names, together = BatchReport(), _names(files), _Together(detector.names)
-    for number, file in enumerate(track(files, "detecting", disable=not sys.stderr.isatty() or as_json)):
+    for number, file in enumerate(track(files, "detecting", console=Console(stderr=True), disable=not sys.stderr.isatty())):
         stem, video = names[file], file.suffix.lower() in VIDEOS
         wanted = _outputs(folder, stem, video, formats, pictures, explain and not video)
         if wanted and not overwrite and all(path.exists() for path in wanted):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
+from rich.console import Console
 from rich.progress import track
 
 from foveal.core.errors import UserError
@@ -57,8 +58,8 @@ def evaluate(detector: Detector, labels: Labels, score: float = 0.25, progress: 
     numbers = dict(zip(labels.names, labels.numbers or range(len(labels.names)), strict=True))
     predictions: list[dict[str, object]] = []
     confusion = np.zeros((len(labels.names) + 1, len(labels.names) + 1))
-    everything = Options(score=0.001, most=300)
-    for picture in track(labels.pictures, "measuring", disable=not progress):
+    everything = Options(score=0.001, most=300, several=True)
+    for picture in track(labels.pictures, "measuring", console=Console(stderr=True), disable=not progress):
         found = detector.detect(read_picture(picture.path), everything)
         known = [row for row, name in enumerate(found.labels) if name in numbers]
         predictions += coco_predictions(picture.number, found.boxes[known], found.scores[known], [numbers[found.labels[row]] for row in known])
@@ -81,10 +82,14 @@ def overlaps(first: Float[np.ndarray, "n 4"], second: Float[np.ndarray, "m 4"]) 
 def _confuse(counts: np.ndarray, boxes: np.ndarray, classes: np.ndarray, found: Detections, names: list[str], score: float) -> None:
     """Match the surest objects first, each with the free object that it overlaps most, by half or more, whatever its class."""
     free, nothing = set(range(len(boxes))), len(names)
+    seen: set[bytes] = set()
     shared = overlaps(found.boxes.astype(float), boxes) if len(boxes) and len(found) else np.zeros((len(found), len(boxes)))
     for row in range(len(found)):
         if found.scores[row] < score or found.labels[row] not in names:
             continue
+        if found.boxes[row].tobytes() in seen:
+            continue  # a cell's second class
+        seen.add(found.boxes[row].tobytes())
         best = max(free, key=lambda other: shared[row, other], default=None)
         column = names.index(found.labels[row])
         if best is not None and shared[row, best] >= 0.5:
@@ -142,7 +147,7 @@ def evaluate_command(
     written = ("metrics.json", "predictions.json", "precision_recall.png", "confusion.png")
     folder = output_folder("evaluated" if output is None else output, overwrite, written)
     detector = Detector.from_pretrained(checkpoint, image_size=image_size, device=device)
-    found = evaluate(detector, labels, score, progress=sys.stderr.isatty() and not as_json)
+    found = evaluate(detector, labels, score, progress=sys.stderr.isatty())
     summary = {"pictures": len(labels.pictures), "objects": labels.objects, **found.numbers, "classes": found.classes}
     for name, content in (("metrics.json", summary), ("predictions.json", found.predictions)):
         with atomic_write(folder / name) as temporary:

@@ -34,7 +34,6 @@ class Exported(nn.Module):
         raw = self.model.raw(image)
         if self.half_precision:
             raw = RawPrediction(*(_single(part) for part in raw))  # type: ignore[arg-type]
-            self.model.head.bins.data = self.model.head.bins.data.float()
         found = self.model.head.decode(raw)
         return tuple(part for part in (found.decoded, found.extra, found.prototypes) if part is not None)
 

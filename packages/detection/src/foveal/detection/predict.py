@@ -105,6 +105,7 @@ class Options:
         classes: names of the classes to look for; None for all.
         tile: side of the tiles that a large picture is cut into, in its own pixels; None looks at it as a whole.
         tile_overlap: share of a tile that its neighbour has too; objects larger than this can be cut.
+        several: whether one place may be several classes at once, as COCO's evaluation has it.
     """
 
     score: float = 0.25
@@ -113,6 +114,7 @@ class Options:
     classes: Sequence[str] | None = None
     tile: int | None = None
     tile_overlap: float = 0.25
+    several: bool = False
 
     def __post_init__(self) -> None:
         for name in ("score", "overlap"):
@@ -204,14 +206,14 @@ class Detector:
         found = self._only(found, options.classes)
         return found
 
-    def _look(self, pixels: Tensor, options: Options, most: int | None = None) -> Detections:
+    def _look(self, pixels: Tensor, options: Options) -> Detections:
         """Objects of a picture seen as a whole."""
         height, width = pixels.shape[1:]
         image, factor, padding = letterbox(pixels.to(self.device).float() / 255, self.image_size)
         with torch.no_grad():
             said = self.model(image[None].contiguous(memory_format=torch.channels_last))
         found = suppress(
-            said.decoded[0].float(), score=options.score, overlap=options.overlap, most=most or options.most,
+            said.decoded[0].float(), score=options.score, overlap=options.overlap, most=options.most, several=options.several,
             extra=None if said.extra is None else said.extra[0].float(), oriented=self.model.config.task == "oriented",
         )  # fmt: skip
         prototypes = None if said.prototypes is None else said.prototypes[0].float()
