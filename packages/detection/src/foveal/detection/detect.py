@@ -185,7 +185,8 @@ def _detect_in_video(file: Path, folder: Path, stem: str, detector: Detector, op
     capture = cv2.VideoCapture(str(file))
     try:
         read: Callable[[], tuple[bool, Any]] = capture.read
-        good, frame = read() if capture.isOpened() else (False, None)
+        first: tuple[bool, Any] = read() if capture.isOpened() else (False, None)
+        good, frame = first
         if not good:
             raise UserError(f"expected a video with frames; {file} has none that can be read; check it in a player")
         rate = capture.get(cv2.CAP_PROP_FPS)

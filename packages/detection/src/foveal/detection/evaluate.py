@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -37,7 +38,7 @@ class Evaluation:
     classes: dict[str, float]
     curves: dict[str, Float[np.ndarray, " recalls"]]
     confusion: Float[np.ndarray, "true found"]
-    predictions: list[dict[str, object]]
+    predictions: list[dict[str, Any]]
 
 
 def evaluate(detector: Detector, labels: Labels, score: float = 0.25, progress: bool = False) -> Evaluation:
@@ -56,7 +57,7 @@ def evaluate(detector: Detector, labels: Labels, score: float = 0.25, progress: 
     if unknown:
         raise UserError(f"expected labels of the detector's classes ({', '.join(detector.names)}); got {', '.join(unknown)}")
     numbers = dict(zip(labels.names, labels.numbers or range(len(labels.names)), strict=True))
-    predictions: list[dict[str, object]] = []
+    predictions: list[dict[str, Any]] = []
     confusion = np.zeros((len(labels.names) + 1, len(labels.names) + 1))
     everything = Options(score=0.001, most=300, several=True)
     for picture in track(labels.pictures, "measuring", console=Console(stderr=True), disable=not progress):
@@ -101,20 +102,21 @@ def _confuse(counts: np.ndarray, boxes: np.ndarray, classes: np.ndarray, found: 
         counts[int(classes[other]), nothing] += 1
 
 
-def _curve(labels: Labels, predictions: list[dict[str, object]], category: int, position: int) -> np.ndarray:
+def _curve(labels: Labels, predictions: list[dict[str, Any]], category: int, position: int) -> np.ndarray:
     """Interpolated precision of one class at an overlap of 0.5."""
     wanted = {picture.number: picture.boxes[picture.classes == position] for picture in labels.pictures}
     total = sum(len(boxes) for boxes in wanted.values())
     taken = {number: np.zeros(len(boxes), bool) for number, boxes in wanted.items()}
     right = []
-    for prediction in sorted((entry for entry in predictions if entry["category_id"] == category), key=lambda entry: -float(entry["score"])):  # type: ignore[arg-type]
-        number, (x, y, width, height) = prediction["image_id"], prediction["bbox"]  # type: ignore[misc]
-        boxes = wanted[number]  # type: ignore[index]
+    of_class: list[dict[str, Any]] = [entry for entry in predictions if entry["category_id"] == category]
+    for prediction in sorted(of_class, key=lambda entry: -entry["score"]):
+        number, (x, y, width, height) = prediction["image_id"], prediction["bbox"]
+        boxes = wanted[number]
         shared = overlaps(np.array([[x, y, x + width, y + height]]), boxes)[0] if len(boxes) else np.zeros(0)
-        shared = np.where(taken[number], -1.0, shared)  # type: ignore[index]
+        shared = np.where(taken[number], -1.0, shared)
         hit = len(shared) > 0 and shared.max() >= 0.5
         if hit:
-            taken[number][shared.argmax()] = True  # type: ignore[index]
+            taken[number][shared.argmax()] = True
         right.append(hit)
     if not right or not total:
         return np.zeros(101)

@@ -70,7 +70,7 @@ def benchmark_command(
     }
     if onnx is not None:
         calls["ONNX Runtime, CPU"] = _session(onnx, images, threads)
-    seconds: dict[str, list[float]] = {name: [] for name in calls} | {f"{name} + suppression": [] for name in calls}
+    seconds: dict[str, list[float]] = {label: [] for name in calls for label in (name, f"{name} + suppression")}
     with torch.no_grad():
         for round_number in range(rounds + 3):
             for name, call in calls.items():

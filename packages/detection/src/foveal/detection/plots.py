@@ -112,10 +112,7 @@ def _seen(model: YOLOv13, image: np.ndarray, image_size: int, modules: dict[str,
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     fitted, _, _ = letterbox(pixels, image_size)
     kept: dict[str, torch.Tensor] = {}
-    hooks = [
-        module.register_forward_pre_hook(lambda part, inputs, name=name: kept.__setitem__(name, inputs[0]))  # type: ignore[misc]
-        for name, module in modules.items()
-    ]
+    hooks = [module.register_forward_pre_hook(lambda part, inputs, name=name: kept.__setitem__(name, inputs[0])) for name, module in modules.items()]
     try:
         with torch.no_grad():
             model(fitted[None])

@@ -115,7 +115,9 @@ class DetectionTask(pl.LightningModule):
             if isinstance(module, nn.modules.batchnorm._NormBase)
             for parameter in module.parameters()
         }
-        decayed, plain, biases = [], [], []
+        decayed: list[Tensor] = []
+        plain: list[Tensor] = []
+        biases: list[Tensor] = []
         for name, parameter in self.network.named_parameters():
             if parameter.requires_grad:
                 (biases if name.endswith("bias") else plain if id(parameter) in norms else decayed).append(parameter)
