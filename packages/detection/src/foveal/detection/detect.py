@@ -85,7 +85,8 @@ def detect_command(
     for number, file in enumerate(track(files, "detecting", console=Console(stderr=True), disable=not sys.stderr.isatty())):
         stem, video = names[file], file.suffix.lower() in VIDEOS
         wanted = _outputs(folder, stem, video, formats, pictures, explain and not video)
-        if wanted and not overwrite and all(path.exists() for path in wanted):
+        # COCO's file is of all pictures, so that none may be left out of it.
+        if wanted and not overwrite and "coco" not in formats and all(path.exists() for path in wanted):
             report.kept(file, [str(path) for path in wanted])
             continue
         with report.item(file) as entry:

@@ -43,7 +43,14 @@ def yaml_model_load(path: Any) -> dict[str, Any]:
     if found is None or Path(path).is_file():
         return _load(path)
     scale = found[1] or "n"
-    return {"nc": 80, "scale": scale, "foveal": "yolov13", "yaml_file": str(path), "backbone": [], "head": [[-1, 1, "Detect", ["nc"]]]}
+    return {
+        "nc": 80,
+        "scale": scale,
+        "foveal": "yolov13",
+        "yaml_file": str(path),
+        "backbone": [[-1, 1, "YOLOv13", [scale]]],
+        "head": [[-1, 1, "Detect", ["nc"]]],
+    }
 
 
 def parse_model(d: dict[str, Any], ch: Any, verbose: bool = True) -> tuple[nn.Sequential, list[int]]:

@@ -151,7 +151,7 @@ def attend_in_areas(
 
     if torch.jit.is_tracing():  # exporters know plain operators only
         rows, columns, contents = (tokens(part).transpose(1, 2) for part in (query, key, value))
-        mixed = (torch.softmax(rows * (channels // heads) ** -0.5 @ columns.mT, -1) @ contents).transpose(1, 2)
+        mixed = (torch.softmax(rows * (channels // heads) ** -0.5 @ columns.transpose(2, 3), -1) @ contents).transpose(1, 2)
     else:
         mixed = attention(tokens(query), tokens(key), tokens(value), layout="bnhd")
     return mixed.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
