@@ -2,15 +2,17 @@
 
 python benchmarks/yolov13.py [--rounds 9] [--threads 1] writes benchmarks/results/yolov13.json.
 
-The authors' order is written here as they run it: convolutions and their batch norms folded (their `fuse`), those of depthwise-separable
-convolutions not, softmax by hand, hyperedges head by head with their full projections, channels first. Outputs are checked before anything is
-timed.
+The authors' order is written here twice. As their network is when it is loaded: batch norms apart, softmax by hand, hyperedges head by head with
+their full projections, channels first. And after their `fuse`: convolutions and batch norms in one, but those of depthwise-separable
+convolutions. Outputs are checked before anything is timed. Exported files run in ONNX Runtime with as many threads as torch.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveal.detection import YOLOv13, YOLOv13Config
+from foveal.detection.export import Exported
 from foveal.detection.models.blocks import AreaAttention, ConvNorm
 from foveal.detection.models.inference import inference_form
 from foveal.kernels.bench import Contestants, comparison, main
@@ -47,11 +50,11 @@ class FoldedConv(nn.Module):
 class AuthorsAttention(nn.Module):
     """Tokens by transposition, exponentials, sums and divisions one by one."""
 
-    def __init__(self, source: AreaAttention) -> None:
+    def __init__(self, source: AreaAttention, conv: Callable[[ConvNorm], nn.Module]) -> None:
         super().__init__()
         self.heads, self.areas = source.heads, source.areas
         self.query_key, self.value, self.position, self.project = (
-            FoldedConv(part) for part in (source.query_key, source.value, source.position, source.project)
+            conv(part) for part in (source.query_key, source.value, source.position, source.project)
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,15 +97,28 @@ class AuthorsHyperedges(nn.Module):
         return F.gelu(source.node_proj(incidence @ edges)) + x
 
 
-def authors_order(model: YOLOv13) -> YOLOv13:
+class SeparateConv(nn.Module):
+    """The authors' convolution as it is loaded."""
+
+    def __init__(self, source: ConvNorm) -> None:
+        super().__init__()
+        self.source = source
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.source.norm(self.source.conv(x))
+        return F.silu(y) if self.source.activated else y
+
+
+def authors_order(model: YOLOv13, fused: bool) -> YOLOv13:
     """The same weights in the authors' sequence of operations."""
+    conv = FoldedConv if fused else SeparateConv
 
     def replace(module: nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, ConvNorm):
-                setattr(module, name, FoldedConv(child))
+                setattr(module, name, conv(child))
             elif isinstance(child, AreaAttention):
-                setattr(module, name, AuthorsAttention(child))
+                setattr(module, name, AuthorsAttention(child, conv))
             elif isinstance(child, HyperedgeAttention):
                 setattr(module, name, AuthorsHyperedges(child))
             else:
@@ -114,42 +130,72 @@ def authors_order(model: YOLOv13) -> YOLOv13:
 
 
 def trained(scale: str) -> YOLOv13:
-    """A network whose every branch counts: gates open, norms with statistics."""
-    torch.manual_seed(0)
+    """A network whose every branch counts: weights that keep the size of what goes through them, open gates, norms with statistics."""
+    generator = torch.Generator().manual_seed(0)
     model = YOLOv13(YOLOv13Config(scale)).eval().requires_grad_(False)
     for name, value in model.state_dict().items():
-        if name.endswith("gate"):
+        if value.dim() > 1:
+            value.normal_(0, value[0].numel() ** -0.5, generator=generator)
+        elif name.endswith("gate"):
             value.fill_(0.5)
         elif name.endswith("running_var"):
-            value.uniform_(0.8, 1.2)
+            value.uniform_(0.8, 1.2, generator=generator)
     return model
+
+
+def session(network: nn.Module, image: Tensor) -> Callable[[], Tensor]:
+    """A network in ONNX Runtime, by the same exporter for all."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        file = str(Path(folder) / "network.onnx")
+        torch.onnx.export(network, (image,), file, opset_version=17, dynamo=False)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        runs = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    entry, given = runs.get_inputs()[0].name, image.numpy()
+    return lambda: torch.from_numpy(runs.run(None, {entry: given})[0])
 
 
 def contestants(scale: str, size: int) -> Contestants:
     """Equal outputs are checked before anything is timed."""
-    model = trained(scale)
-    first, last = torch.rand(1, 3, size, size), torch.rand(1, 3, size, size).to(memory_format=torch.channels_last)
-    theirs, ours = authors_order(model), inference_form(model)
+    model, generator = trained(scale), torch.Generator().manual_seed(1)
+    first = torch.rand(1, 3, size, size, generator=generator)
+    last = first.to(memory_format=torch.channels_last)
+    loaded, fused, ours = authors_order(model, False), authors_order(model, True), inference_form(model)
+    exported = session(Exported(model, False).eval(), first)
     with torch.no_grad():
-        expected, actual = theirs(last.contiguous()), ours(last)
-    error = max(float((mine - yours).norm() / yours.norm()) for mine, yours in zip(actual.maps, expected.maps, strict=True))
-    print(f"greatest relative difference of the maps: {error:.1e}", file=sys.stderr)
-    assert error < 1e-4, "the two forms disagree: their times cannot be compared"
+        expected = loaded(first).decoded[:, 4:]
+        for name, actual in (("fused", fused(first).decoded), ("ours", ours(last).decoded), ("exported", exported())):
+            error = float((actual[:, 4:] - expected).norm() / expected.norm())
+            print(f"relative difference of the scores, {name}: {error:.1e}", file=sys.stderr)
+            assert error < 1e-4, "the forms disagree: their times cannot be compared"
 
     def run(network: nn.Module, image: Tensor) -> Callable[[], None]:
         return lambda: torch.no_grad()(network)(image)
 
-    return {"foveal": run(ours, last), "ours as it is trained": run(model, last), "authors' order": run(theirs, first)}
+    return {
+        "foveal": run(ours, last),
+        "foveal, exported, ONNX Runtime": exported,
+        "authors' order, fused": run(fused, first),
+        "authors' order": run(loaded, first),
+    }
 
 
-@comparison("YOLOv13-N, 640 x 640, one picture", baseline="authors' order", promise=1.8, devices=("cpu",))
+@comparison("YOLOv13-N, 640 x 640, one picture", baseline="authors' order", devices=("cpu",))
 def small() -> Contestants:
     return contestants("n", 640)
 
 
-@comparison("YOLOv13-S, 640 x 640, one picture", baseline="authors' order", devices=("cpu",))
-def medium() -> Contestants:
-    return contestants("s", 640)
+@comparison("YOLOv13-N and YOLO11n in ONNX Runtime, 640 x 640", baseline="YOLO11n", devices=("cpu",))
+def beside_yolo11() -> Contestants:
+    from foveal.detection.borrowed import tasks
+
+    image = torch.rand(1, 3, 640, 640, generator=torch.Generator().manual_seed(1))
+    other = tasks.DetectionModel("yolo11n.yaml", verbose=False).eval().fuse(verbose=False)
+    other.model[-1].export, other.model[-1].format = True, "onnx"
+    return {"foveal": session(Exported(trained("n"), False).eval(), image), "YOLO11n": session(other, image)}
 
 
 if __name__ == "__main__":

@@ -59,7 +59,11 @@ class DetectionLoss(nn.Module):
     def criterion(self, device: torch.device) -> Any:
         """Ultralytics' loss on this device, with its assigner."""
         if self._made is None or self._made[0] != device:
-            self._made = (device, _LOSSES[self.config.task](_AsUltralyticsSeesIt(self.config, self.gains, device)))
+            seen: Any = _AsUltralyticsSeesIt(self.config, self.gains, device)
+            made = _LOSSES[self.config.task](seen)
+            # Later ultralytics widens boxes smaller than 16 pixels before it looks for cells inside them; the authors' does not.
+            made.assigner.stride_val = 0
+            self._made = (device, made)
         return self._made[1]
 
     def forward(self, raw: RawPrediction, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -133,7 +133,7 @@ def _picture(path: Path, problems: list[Problem], declared: tuple[int, int] | No
     return size
 
 
-def _box(corners: Sequence[float], size: tuple[int, int], place: str, problems: list[Problem]) -> np.ndarray | None:
+def _box(corners: Sequence[float] | np.ndarray, size: tuple[int, int], place: str, problems: list[Problem]) -> np.ndarray | None:
     """The box inside its picture; None, and a problem, where nothing of it is left."""
     box = np.asarray(corners, dtype=np.float64)
     if not np.isfinite(box).all():

@@ -35,7 +35,7 @@ def read_picture(path: str | Path) -> UInt8[np.ndarray, "height width 3"]:
                     raise UserError(f"expected a picture of up to {_LIMIT:,} pixels; {path} has {image.width} x {image.height}; cut it into pieces")
                 upright = ImageOps.exif_transpose(image)
                 return _eight_bit(upright)
-    except UnidentifiedImageError:
+    except (UnidentifiedImageError, ImportError):  # ultralytics makes Pillow ask for a package where it does not know the format
         raise UserError(f"expected a picture; {path} is none that Pillow can read; check the file") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise UserError(f"expected a whole picture; {path} is damaged: {error}; copy it again") from None
@@ -65,5 +65,5 @@ def size_of(path: str | Path) -> tuple[int, int]:
             with Image.open(path) as image:
                 turned = image.getexif().get(0x0112, 1) >= 5
                 return (image.height, image.width) if turned else (image.width, image.height)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+    except (UnidentifiedImageError, ImportError, OSError, SyntaxError, ValueError):
         raise UserError(f"expected a picture; {path} cannot be read; check the file") from None

@@ -130,9 +130,9 @@ class FoldedHyperedges(nn.Module):
         """Cells to hyperedges and back."""
         parts = ([x.mean(1)] if self.context != "max" else []) + ([x.amax(1)] if self.context != "mean" else [])
         queries = self.shift(torch.cat(parts, -1)).unflatten(-1, (self.edges, self.dim))
-        incidence = torch.softmax(queries @ x.mT, -1)
+        incidence = torch.softmax(queries @ x.transpose(1, 2), -1)
         edges = F.gelu(self.edge_proj(incidence @ x))
-        mixed = torch.baddbmm(self.node_proj.bias, incidence.mT, edges @ self.node_proj.weight.T)
+        mixed = torch.baddbmm(self.node_proj.bias, incidence.transpose(1, 2), edges @ self.node_proj.weight.T)
         return F.gelu(mixed) + x
 
 

@@ -19,7 +19,7 @@ from foveal.detection.data.sets import DetectionData
 from foveal.detection.losses import DetectionLoss
 from foveal.detection.metrics import average_precision, coco_ground_truth, coco_predictions
 from foveal.detection.models.yolov13 import YOLOv13, YOLOv13Config
-from foveal.detection.postprocess import suppress
+from foveal.detection.postprocess import Found, suppress
 
 
 class DetectionTask(pl.LightningModule):
@@ -89,6 +89,10 @@ class DetectionTask(pl.LightningModule):
             if data.task != self.network.config.task:
                 raise UserError(f"expected data.task {self.network.config.task}, as the network's; got {data.task}")
 
+    def on_train_start(self) -> None:
+        """A run that goes on in the middle of its last epochs does so without mosaic."""
+        self.on_train_epoch_start()
+
     def on_train_epoch_start(self) -> None:
         """The last epochs go without mosaic."""
         data = getattr(self.trainer, "datamodule", None)
@@ -111,7 +115,9 @@ class DetectionTask(pl.LightningModule):
             if isinstance(module, nn.modules.batchnorm._NormBase)
             for parameter in module.parameters()
         }
-        decayed, plain, biases = [], [], []
+        decayed: list[Tensor] = []
+        plain: list[Tensor] = []
+        biases: list[Tensor] = []
         for name, parameter in self.network.named_parameters():
             if parameter.requires_grad:
                 (biases if name.endswith("bias") else plain if id(parameter) in norms else decayed).append(parameter)
@@ -146,6 +152,10 @@ class DetectionTask(pl.LightningModule):
     def test_step(self, batch: dict[str, Any], index: int) -> None:
         """Collect what is found."""
         self._collect(batch, self._labels("test"))
+
+    def predict_step(self, batch: dict[str, Any], index: int) -> list[Found]:
+        """What is found in each picture, in the pixels that the network saw."""
+        return [suppress(decoded.float()) for decoded in self.network(_pixels(batch)).decoded]
 
     def on_validation_epoch_start(self) -> None:
         """Nothing is found yet."""
@@ -187,7 +197,9 @@ class DetectionTask(pl.LightningModule):
         if self.trainer.world_size > 1:
             shares: list[Any] = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(shares, found)
-            found = [prediction for share in shares for prediction in share]
+            # Lightning fills up the last processes' shares with pictures that others have too.
+            first = {prediction["image_id"]: rank for rank, share in reversed(list(enumerate(shares))) for prediction in share}
+            found = [prediction for rank, share in enumerate(shares) for prediction in share if first[prediction["image_id"]] == rank]
         whole, classes = average_precision(coco_ground_truth(labels), found)
         for name in ("AP", "AP50", "AP75"):
             self.log(f"{part}/{name}", whole[name], prog_bar=name == "AP")
