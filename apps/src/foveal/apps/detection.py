@@ -160,3 +160,19 @@ def benchmark(
             as_json=as_json,
         )
     )
+
+
+@app.command()
+def project(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Empty folder for the pictures and their annotations.json (COCO, with masks).")],
+    crops: Annotated[Path | None, typer.Option(help="Pictures of single objects on white, a folder a class of PIDray; default: drawn ones.")] = None,
+    bags: Annotated[Path | None, typer.Option(help="Folder of X-ray pictures of harmless bags; default: drawn ones.")] = None,
+    count: Annotated[int, typer.Option(help="Scenes.", min=1)] = 50,
+    most: Annotated[int, typer.Option(help="Objects of a scene at most.", min=1)] = 3,
+    side: Annotated[int, typer.Option(help="Side of drawn bags, in pixels.", min=32)] = 320,
+    seed: Annotated[int, typer.Option(help="Another seed makes other scenes.")] = 0,
+) -> None:
+    """Project prohibited items into X-ray pictures of bags: labelled scenes to train and to test with."""
+    from foveal.detection.data.xray import project_command
+
+    raise typer.Exit(project_command(output, crops=crops, bags=bags, count=count, most=most, side=side, seed=seed))

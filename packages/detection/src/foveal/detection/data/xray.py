@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from foveal.core.errors import UserError
 from foveal.core.files import atomic_write
 from foveal.core.resumable import ResumableDataLoader
-from foveal.detection.data.pictures import read_picture
+from foveal.detection.data.pictures import PICTURES, read_picture
 from foveal.detection.data.projection import Crop, Scene, drawn_bag, drawn_crops, project, read_crops
 from foveal.detection.models.sdanet_loss import Objects
 
@@ -268,7 +268,7 @@ class XRayData(pl.LightningDataModule):
         self.batch_size, self.workers, self.seed, self.made = batch_size, workers, seed, made
         self.names = list(CLASSES)
         self.threats = read_crops(crops, self.names) if crops else []
-        self.bags = sorted(Path(bags).iterdir()) if bags else []
+        self.bags = pictures_of(bags) if bags else []
 
     def scenes(self, part: str) -> dict[str, CocoScenes | MadeScenes]:
         """Name -> scenes of "train", "validate" or "test". PIDray has no validation pictures: a test's easy ones stand in."""
@@ -324,3 +324,26 @@ def write_scenes(scenes: MadeScenes, folder: str | Path) -> Path:
     with atomic_write(root / "annotations.json") as temporary:
         temporary.write_text(json.dumps(scenes.truth))
     return root / "annotations.json"
+
+
+def project_command(
+    output: Path, crops: Path | None = None, bags: Path | None = None, count: int = 50, most: int = 3, side: int = 320, seed: int = 0
+) -> int:
+    """``foveal detection project``: what `write_scenes` writes, and one line that says where."""
+    items = read_crops(crops, CLASSES) if crops else drawn_crops(CLASSES)
+    file = write_scenes(MadeScenes(count, items, CLASSES, pictures_of(bags) if bags else (), side, most, seed), output)
+    print(f"{count} scenes with their labels: {file}")
+    return 0
+
+
+def pictures_of(folder: str | Path) -> list[Path]:
+    """The pictures of a folder, by name.
+
+    Raises:
+        UserError: no such folder, or none in it.
+    """
+    root = Path(folder)
+    found = sorted(path for path in root.iterdir() if path.suffix.lower() in PICTURES) if root.is_dir() else []
+    if not found:
+        raise UserError(f"expected a folder with pictures of bags; {root} has none; check the path")
+    return found
