@@ -102,14 +102,15 @@ class Preparation:
     def _oriented(self, volume: Volume) -> Shaped[ndarray, "slices height width"]:
         """Slices first; of a RAS+ volume where the plane is the patient's."""
         orientation = self._orientation(volume)
-        if orientation is None:
-            return np.moveaxis(volume.voxels, 2, 0)
+        if orientation is None:  # rows before columns: a volume's first index runs along a row, a picture's down a column
+            stack = np.moveaxis(volume.voxels, 2, 0)
+            return stack if volume.kind == "picture" else stack.swapaxes(1, 2)
         return np.moveaxis(apply_orientation(volume.voxels, orientation), _STACKED[self.plane], 0)
 
     def _returned(self, stack: Shaped[ndarray, "slices height width"], volume: Volume) -> Shaped[ndarray, "i j k"]:
         orientation = self._orientation(volume)
         if orientation is None:
-            return np.moveaxis(stack, 0, 2)
+            return np.moveaxis(stack if volume.kind == "picture" else stack.swapaxes(1, 2), 0, 2)
         back = ornt_transform(axcodes2ornt("RAS"), io_orientation(volume.affine))
         return apply_orientation(np.moveaxis(stack, 0, _STACKED[self.plane]), back)
 
@@ -120,7 +121,7 @@ class Preparation:
         wanted = self.spacing
         own = list(volume.spacing)
         if self.plane == "file":
-            order = [2, 0, 1]
+            order = [2, 1, 0]
             own, target = [own[axis] for axis in order], [wanted[axis] for axis in order]
         else:
             axes = io_orientation(volume.affine)[:, 0].astype(int)

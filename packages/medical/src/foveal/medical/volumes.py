@@ -6,6 +6,7 @@ is resampled or reoriented on the way in. What is written like a volume has its 
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -129,14 +130,13 @@ def write_volume(volume: Volume, path: str | Path) -> Path:
     """
     target, suffix = Path(path), suffix_of(path)
     if suffix in (".nii", ".nii.gz"):
-        image = nibabel.Nifti1Image(volume.voxels, volume.affine, _nifti_header(volume))
-        if volume.kind == "nifti" and volume.header is not None:
-            # nibabel would mark both forms as "aligned": the codes say what the numbers mean (scanner, MNI, ...).
-            for name in ("qform", "sform"):
-                code = int(volume.header.get(f"{name}_code", 0)) if hasattr(volume.header, "get") else 0
-                getattr(image, f"set_{name}")(volume.affine, code or (1 if name == "sform" else 0))
-        with atomic_write(target) as temporary:
-            nibabel.save(image, temporary)
+        header = _nifti_header(volume)
+        unmoved = header is not None and np.array_equal(volume.affine, header.get_best_affine())
+        # Without an affine nibabel leaves the header's two forms and their codes as they are, to the bit.
+        image = nibabel.Nifti1Image(volume.voxels, None if unmoved else volume.affine, header)
+        content = image.to_bytes()
+        with atomic_write(target) as temporary:  # whose name would hide the .nii before the .gz from nibabel
+            temporary.write_bytes(gzip.compress(content, 6, mtime=0) if suffix == ".nii.gz" else content)
     elif suffix in ITK:
         import SimpleITK
 

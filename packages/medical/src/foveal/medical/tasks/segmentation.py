@@ -66,6 +66,12 @@ class SegmentationTask(pl.LightningModule):
         """Logits."""
         return logits_of(self.network)(image)
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Of a scan only the slices; its geometry stays as it is."""
+        if isinstance(batch, Scan):
+            return batch._replace(slices=batch.slices.to(device))
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """The loss of a batch of slices."""
         image, label = batch
