@@ -14,7 +14,7 @@ app = typer.Typer(rich_markup_mode=None)
 add_training(app, "medical", "configs/medical/hippocampus_small.yaml")
 add_convert(app, "medical")
 
-_Scans = Annotated[list[Path], typer.Argument(help="Images: NIfTI, NRRD, MetaImage, PNG, TIFF, a DICOM file or series folder; or folders of them.")]
+_Scans = Annotated[list[Path], typer.Argument(help="NIfTI, NRRD, MetaImage, PNG, TIFF, DICOM files or series folders; or folders of them.")]
 _Device = Annotated[str, typer.Option(help="auto, cpu, or cuda[:N].")]
 _Frame = Annotated[int | None, typer.Option(help="Which volume of 4-D files, from 0.")]
 _Series = Annotated[str | None, typer.Option(help="Which series of a DICOM folder with several: its number, UID or a part of its name.")]
@@ -58,7 +58,7 @@ def restore(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: restored.")] = None,
     regions: Annotated[Path | None, typer.Option(help="Region map or segmentation, a file or a folder; default: superpixels (SLIC).")] = None,
     truth: Annotated[
-        Path | None, typer.Option(help="Good images, a file or a folder: PSNR and SSIM, in the range given and as the authors report.")
+        Path | None, typer.Option(help="Good images, file or folder: PSNR and SSIM, in the range given and as the authors report.")
     ] = None,
     value_range: Annotated[tuple[float, float] | None, typer.Option(help="Values that count as 0 and 1, such as -160 240 for CT.")] = None,
     device: _Device = "auto",

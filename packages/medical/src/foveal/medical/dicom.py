@@ -88,9 +88,7 @@ def _sorted(place: Path, group: Sequence[tuple[Path, Any]]) -> list[Path]:
     """The files along the normal of their slices, which must be parallel, of one size, evenly spaced and complete."""
     sizes = Counter((int(header.Rows), int(header.Columns)) for _, header in group)
     if len(sizes) > 1:
-        raise UserError(
-            f"expected slices of one size in {place}; found {', '.join(f'{rows} x {columns}' for rows, columns in sizes)}; is it one scan?"
-        )
+        raise UserError(f"expected slices of one size in {place}; found {' and '.join(f'{high} x {wide}' for high, wide in sizes)}; is it one scan?")
     if any("ImagePositionPatient" not in header or "ImageOrientationPatient" not in header for _, header in group):
         raise UserError(f"expected positions of the slices in {place}; some files have no ImagePositionPatient; export the series again")
     orientations = np.array([[float(number) for number in header.ImageOrientationPatient] for _, header in group])

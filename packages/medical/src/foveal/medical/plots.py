@@ -147,7 +147,7 @@ def dice_figure(scores: Mapping[str, Sequence[float]], ylabel: str = "Dice") -> 
     figure = Figure(figsize=(1.6 + 1.3 * len(scores), 3.8), layout="constrained")
     axis = figure.subplots()
     generator = np.random.default_rng(0)
-    for place, (name, values) in enumerate(scores.items()):
+    for place, values in enumerate(scores.values()):
         known = np.array(values)[np.isfinite(values)]
         if not len(known):
             continue

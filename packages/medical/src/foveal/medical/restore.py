@@ -1,4 +1,4 @@
-"""Degraded scans in, restored ones out: denoising of CT, enlargement, on the input's grid (an enlarged one covers the same place, with finer voxels)."""
+"""Degraded scans in, restored ones out: denoising and enlargement on the input's grid; an enlarged scan covers the same place with finer voxels."""
 
 from __future__ import annotations
 
@@ -185,8 +185,8 @@ def restore_command(
                     }
             entry.outputs.append(str(_picture(volume, restored, target, parts, folder / f"{name}_restored_picture.png", name)))
             entry.numbers["seconds"] = time.perf_counter() - started
-    columns = {"regions": ".0f", "seconds": ".1f"} | {f"{kind}{when}": form for kind, form in
-               (("PSNR dB", ".2f"), ("SSIM", ".4f"), ("RMSE", ".4g"), ("authors' PSNR dB", ".2f"), ("authors' SSIM", ".4f")) for when in ("", " before")}  # fmt: skip
+    forms = {"PSNR dB": ".2f", "SSIM": ".4f", "RMSE": ".4g", "authors' PSNR dB": ".2f", "authors' SSIM": ".4f"}
+    columns = {"regions": ".0f", "seconds": ".1f", **forms, **{f"{name} before": form for name, form in forms.items()}}
     return report.finish(as_json, columns)
 
 

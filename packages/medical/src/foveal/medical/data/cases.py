@@ -152,6 +152,6 @@ def _pictures_as_volume(folder: Path, like: Volume) -> Volume:
     files = (like.header or {}).get("files", [])
     if len(pictures) != like.voxels.shape[2] or len(files) != len(pictures):
         raise UserError(f"expected {like.voxels.shape[2]} pictures of labels in {folder}, one a slice of {like.source}; found {len(pictures)}")
-    by_name = {file: picture for file, picture in zip(sorted(files), pictures, strict=True)}
+    by_name = dict(zip(sorted(files), pictures, strict=True))
     stack = [read_volume(by_name[file]).voxels[:, :, 0].T for file in files]  # a picture has rows first, a series columns
     return Volume(np.stack(stack, 2), like.affine, like.kind, str(folder))

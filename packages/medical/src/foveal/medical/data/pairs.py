@@ -154,9 +154,7 @@ class RestorationPairs(pl.LightningDataModule):
         target, degraded, regions = (folder / name for name in self.names)
         for place in (target, degraded):
             if not place.is_dir():
-                raise UserError(
-                    f"expected folders {', '.join(self.names[:2])} in {folder}; {place.name} is missing; name them with data.target, data.degraded"
-                )
+                raise UserError(f"expected folders {', '.join(self.names[:2])} in {folder}; {place.name} is missing; set target and degraded")
         maps = {stem_of(path): path for path in sorted(regions.iterdir())} if regions.is_dir() else {}
         good = {stem_of(path): path for path in sorted(target.iterdir())}
         pairs = []

@@ -87,17 +87,14 @@ class Slices(Dataset):
         self.images = [image for stack in images for image in _filled(stack, largest)]
         self.labels = [label for stack in labels for label in _filled(stack[:, None], largest)]
         self.crop = None if crop is None else (min(crop[0], largest[0]), min(crop[1], largest[1]))
-        both, chain = ["image", "label"], []
-        for axis in flips:
-            chain.append(RandFlipd(both, prob=0.5, spatial_axis=axis))
+        both = ["image", "label"]
+        chain: list[Any] = [RandFlipd(both, prob=0.5, spatial_axis=axis) for axis in flips]
         if rotation or scaling:
             chain.append(RandAffined(both, prob=augmented, rotate_range=float(np.radians(rotation)), scale_range=scaling,
                                      mode=("bilinear", "nearest"), padding_mode="border", cache_grid=True, spatial_size=largest))  # fmt: skip
         if intensity:
-            chain += [
-                RandScaleIntensityd("image", factors=intensity, prob=augmented),
-                RandShiftIntensityd("image", offsets=intensity, prob=augmented),
-            ]
+            chain.append(RandScaleIntensityd("image", factors=intensity, prob=augmented))
+            chain.append(RandShiftIntensityd("image", offsets=intensity, prob=augmented))
         self.augment = Compose(chain)
 
     def __len__(self) -> int:

@@ -136,12 +136,15 @@ def page(title: str, means: dict[str, float], table: pd.DataFrame, figures: dict
         caption = html.escape(name.replace("_", " ", 1))
         pictures.append(f'<figure><img alt="{caption}" src="data:image/png;base64,{encoded}"><figcaption>{caption}</figcaption></figure>')
     numbers = "".join(f"<tr><th>{html.escape(name)}</th><td>{value:.4g}</td></tr>" for name, value in means.items())
-    style = ("body{font:15px system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em}table{border-collapse:collapse;font-size:13px}"
-             "td,th{padding:.2em .7em;border-bottom:1px solid #ddd;text-align:right}th{text-align:left}figure{display:inline-block;margin:1em 1em 1em 0}"
-             "img{max-width:100%}.wide{overflow-x:auto}figcaption{color:#555}")  # fmt: skip
+    cells = "td,th{padding:.2em .7em;border-bottom:1px solid #ddd;text-align:right}th{text-align:left}"
+    style = (
+        "body{font:15px system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em}table{border-collapse:collapse;font-size:13px}"
+        f"{cells}figure{{display:inline-block;margin:1em 1em 1em 0}}img{{max-width:100%}}.wide{{overflow-x:auto}}figcaption{{color:#555}}"
+    )
     cases = table.to_html(index=False, float_format=lambda value: f"{value:.3f}", border=0, na_rep="")
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
-            f"<h1>{html.escape(title)}</h1><table>{numbers}</table>{''.join(pictures)}<h2>Cases</h2><div class=wide>{cases}</div></html>")  # fmt: skip
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
+    body = f"<h1>{html.escape(title)}</h1><table>{numbers}</table>{''.join(pictures)}<h2>Cases</h2><div class=wide>{cases}</div></html>"
+    return head + body
 
 
 def _mean(values: ndarray) -> float:
