@@ -91,6 +91,7 @@ def rat_resident(size: int) -> dict[str, float]:
 
     sys.path.insert(0, str(Path(__file__).parent))
     import medical
+
     from foveal.medical.models.rat import RAT
 
     picture, regions = medical.example(512 // size)

@@ -77,7 +77,7 @@ def pairs(tmp_path):
             for folder in ("fd", "qd", "qd_seg_123456"):
                 place = tmp_path / "pairs" / part / folder
                 place.mkdir(parents=True)
-                for number in range(3):
+                for number in range(5):
                     picture = generator.integers(0, 255 if folder != "qd_seg_123456" else 6, (80, 80)).astype(np.uint8)
                     if folder == "qd_seg_123456":
                         nibabel.save(nibabel.Nifti1Image(picture, np.eye(4)), place / f"{number}.nii.gz")

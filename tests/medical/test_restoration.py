@@ -111,7 +111,7 @@ def test_the_command_scores_in_both_ranges_and_draws_a_picture(tmp_path, capsys)
     assert numbers["PSNR dB before"] == pytest.approx(expected, abs=1e-3)
     assert numbers["authors' PSNR dB"] - numbers["PSNR dB"] == pytest.approx(1.32, abs=0.01)
     np.testing.assert_array_equal(np.asarray(Image.open(out / "noisy_restored.png")), noisy)
-    assert {Path(path).name for path in entry["outputs"]} == {"noisy_restored.png", "noisy_restored_picture.png"}
+    assert {Path(path).name for path in entry["outputs"]} == {"noisy_restored.png", "noisy_restored_picture.png", "noisy_regions.png"}
 
 
 def test_without_weights_the_command_says_how_to_get_some(tmp_path, capsys):

@@ -33,6 +33,7 @@ def segment(
     truth: Annotated[Path | None, typer.Option(help="Reference labels, a file or a folder of files of the scans' names: Dice and HD95.")] = None,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Write each structure's probabilities too.")] = False,
     pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Draw overlays.")] = True,
+    attention: Annotated[bool, typer.Option("--attention", help="Draw what the found structure's middle attends to.")] = False,
     device: _Device = "auto",
     frame: _Frame = None,
     series: _Series = None,
@@ -45,8 +46,8 @@ def segment(
 
     raise typer.Exit(
         segment_command(
-            scans, output=output, checkpoint=checkpoint, device=device, truth=truth, probabilities=probabilities, pictures=pictures, frame=frame,
-            series=series, overwrite=overwrite, seed=seed, as_json=as_json,
+            scans, output=output, checkpoint=checkpoint, device=device, truth=truth, probabilities=probabilities, pictures=pictures,
+            attention=attention, frame=frame, series=series, overwrite=overwrite, seed=seed, as_json=as_json,
         )
     )  # fmt: skip
 

@@ -39,3 +39,9 @@ def hausdorff95(
         values = compute_hausdorff_distance(*stacks, include_background=True, percentile=95, spacing=list(spacing))
         distances = dict(zip(both, values[0].tolist(), strict=True))
     return np.array([distances.get(label, diagonal if any(seen) else np.nan) for label, seen in zip(labels, here, strict=True)])
+
+
+def mean_known(values: Float[ndarray, "..."]) -> float:
+    """Mean of the values that are not NaN; NaN where all are."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else float("nan")

@@ -22,7 +22,7 @@ from foveal.core.files import atomic_write, output_folder
 from foveal.core.reports import BatchReport
 from foveal.medical.checkpoints import model_from_weights
 from foveal.medical.models.rat import RAT
-from foveal.medical.plots import restoration_figure
+from foveal.medical.plots import regions_figure, restoration_figure
 from foveal.medical.regions import region_volume, superpixels
 from foveal.medical.restoration_metrics import fidelity
 from foveal.medical.segment import collect_scans, names_of
@@ -183,7 +183,8 @@ def restore_command(
                     entry.numbers |= {
                         key: value for key, value in scored(volume.voxels, target, low, high, " before").items() if "authors" not in key
                     }
-            entry.outputs.append(str(_picture(volume, restored, target, parts, folder / f"{name}_restored_picture.png", name)))
+            picture = _picture(volume, restored, target, parts, folder / f"{name}_restored_picture.png", name)
+            entry.outputs += [str(picture), str(folder / f"{name}_regions.png")]
             entry.numbers["seconds"] = time.perf_counter() - started
     forms = {"PSNR dB": ".2f", "SSIM": ".4f", "RMSE": ".4g", "authors' PSNR dB": ".2f", "authors' SSIM": ".4f"}
     columns = {"regions": ".0f", "seconds": ".1f", **forms, **{f"{name} before": form for name, form in forms.items()}}
@@ -214,12 +215,14 @@ def _same_grid(target: Volume, restored: Volume, path: Any) -> ndarray:
 
 
 def _picture(volume: Volume, restored: Volume, target: ndarray | None, parts: ndarray, path: Path, title: str) -> Path:
-    """The middle slice, rows before columns."""
+    """The middle slice, rows before columns; beside it its region map."""
     middle, scale = volume.voxels.shape[2] // 2, restored.voxels.shape[0] // volume.voxels.shape[0]
     turn = (lambda x: x[:, :, middle]) if volume.kind == "picture" else (lambda x: x[:, :, middle].T)
     degraded = turn(volume.voxels).astype(float).repeat(scale, 0).repeat(scale, 1)
     pictures = [turn(restored.voxels).astype(float), None if target is None else turn(target).astype(float), turn(parts)]
     figure = restoration_figure(degraded, pictures[0], pictures[1], pictures[2], title)  # type: ignore[arg-type]
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    maps = regions_figure(degraded, pictures[2], title)  # type: ignore[arg-type]
+    for target_path, drawn in ((path, figure), (path.with_name(path.name.replace("_restored_picture", "_regions")), maps)):
+        with atomic_write(target_path) as temporary:
+            drawn.savefig(temporary, dpi=120)
     return path

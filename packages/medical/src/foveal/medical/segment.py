@@ -21,8 +21,8 @@ from foveal.core.files import atomic_write, output_folder
 from foveal.core.reports import BatchReport
 from foveal.medical.checkpoints import model_from_weights
 from foveal.medical.inference import run_slices
-from foveal.medical.metrics import dice_scores, hausdorff95
-from foveal.medical.plots import overlay_figure
+from foveal.medical.metrics import dice_scores, hausdorff95, mean_known
+from foveal.medical.plots import attention_figure, overlay_figure
 from foveal.medical.preparation import Preparation
 from foveal.medical.tasks.segmentation import labels_of
 from foveal.medical.volumes import DICOM, ITK, NIFTI, PICTURES, Volume, output_suffix, read_volume, stem_of, suffix_of, write_volume
@@ -197,7 +197,8 @@ def _dicom_without_suffix(path: Path) -> bool:
 
 def segment_command(
     scans: Sequence[Path], *, output: Path | None, checkpoint: Path | None, device: str, truth: Path | None = None, probabilities: bool = False,
-    pictures: bool = True, frame: int | None = None, series: str | None = None, overwrite: bool = False, seed: int = 0, as_json: bool = False,
+    pictures: bool = True, attention: bool = False, frame: int | None = None, series: str | None = None, overwrite: bool = False, seed: int = 0,
+    as_json: bool = False,
 ) -> int:  # fmt: skip
     """Segment files; one that fails does not stop the others. Returns the exit code."""
     torch.manual_seed(seed)
@@ -232,14 +233,19 @@ def segment_command(
             reference = None if truth is None else _reference(truth, name, volume, len(places))
             if reference is not None:
                 classes = len(segmenter.class_names) + 1
-                entry.numbers["Dice"] = float(np.nanmean([*dice_scores(labels.voxels, reference, classes), np.nan]))
-                entry.numbers["HD95 mm"] = float(np.nanmean([*hausdorff95(labels.voxels, reference, classes, volume.spacing), np.nan]))
+                entry.numbers["Dice"] = mean_known(dice_scores(labels.voxels, reference, classes))
+                entry.numbers["HD95 mm"] = mean_known(hausdorff95(labels.voxels, reference, classes, volume.spacing))
             if pictures:
                 plane = "file" if segmenter.preparation.plane == "file" else segmenter.preparation.plane
                 figure = overlay_figure(volume, labels.voxels, segmenter.class_names, reference, plane, title=name)
                 with atomic_write(folder / f"{name}_overlay.png") as temporary:
                     figure.savefig(temporary, dpi=120)
                 entry.outputs.append(str(folder / f"{name}_overlay.png"))
+            if attention:
+                picture, maps, point = segmenter.attention(volume)
+                with atomic_write(folder / f"{name}_attention.png") as temporary:
+                    attention_figure(picture, maps, point, f"{name}: what the cross attends to").savefig(temporary, dpi=120)
+                entry.outputs.append(str(folder / f"{name}_attention.png"))
             entry.numbers["seconds"] = time.perf_counter() - started
     columns = {"seconds": ".1f", "Dice": ".3f", "HD95 mm": ".1f"} | {f"{name} ml": ".2f" for name in segmenter.class_names}
     columns |= {f"{name} pixels": ".0f" for name in segmenter.class_names}

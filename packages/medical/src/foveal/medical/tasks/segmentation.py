@@ -19,7 +19,7 @@ from foveal.core.errors import UserError
 from foveal.medical.data.slices import Scan
 from foveal.medical.inference import logits_of, run_slices
 from foveal.medical.losses import bce_dice_loss, guided_loss
-from foveal.medical.metrics import dice_scores
+from foveal.medical.metrics import dice_scores, mean_known
 from foveal.medical.volumes import Volume
 
 Loss = Literal["guided", "dice_ce", "bce_dice"]
@@ -106,8 +106,8 @@ class SegmentationTask(pl.LightningModule):
         table, self._scores = np.array(self._scores), []
         names = self.trainer.datamodule.class_names  # type: ignore[attr-defined]
         for name, column in zip(names, table.T, strict=True):
-            self.log(f"val/dice_{name.replace(' ', '_')}", float(np.nanmean(column)) if np.isfinite(column).any() else 0.0, sync_dist=True)
-        self.log("val/dice", float(np.nanmean(table)) if np.isfinite(table).any() else 0.0, prog_bar=True, sync_dist=True)
+            self.log(f"val/dice_{name.replace(' ', '_')}", np.nan_to_num(mean_known(column)), sync_dist=True)
+        self.log("val/dice", np.nan_to_num(mean_known(table)), prog_bar=True, sync_dist=True)
 
     def test_step(self, scan: Scan, index: int) -> None:
         """Segment a scan and keep what the report needs."""

@@ -19,7 +19,7 @@ from numpy import ndarray
 
 from foveal.core import run_folder
 from foveal.core.files import atomic_write
-from foveal.medical.metrics import dice_scores, hausdorff95
+from foveal.medical.metrics import dice_scores, hausdorff95, mean_known
 from foveal.medical.plots import bland_altman_figure, dice_figure, overlay_figure
 from foveal.medical.volumes import Volume
 
@@ -86,10 +86,10 @@ class SegmentationReport:
     def means(self) -> dict[str, float]:
         """Mean Dice and HD95 over cases, of each structure and of all; and how many structures were missed."""
         dice, hd95 = (np.array([getattr(case, name) for case in self.cases]) for name in ("dice", "hd95"))
-        out = {"dice": _mean(dice), "hd95": _mean(hd95), "missed": float(sum(case.missed for case in self.cases))}
+        out = {"dice": mean_known(dice), "hd95": mean_known(hd95), "missed": float(sum(case.missed for case in self.cases))}
         for index, name in enumerate(self.class_names):
             key = name.replace(" ", "_")
-            out |= {f"dice_{key}": _mean(dice[:, index]), f"hd95_{key}": _mean(hd95[:, index])}
+            out |= {f"dice_{key}": mean_known(dice[:, index]), f"hd95_{key}": mean_known(hd95[:, index])}
         return out
 
     def figures(self, overlays: int = 4) -> dict[str, Figure]:
@@ -99,9 +99,9 @@ class SegmentationReport:
         sizes = {name: ([float(case.millilitres[index, 0]) for case in self.cases], [float(case.millilitres[index, 1]) for case in self.cases])
                  for index, name in enumerate(self.class_names)}  # fmt: skip
         out = {"dice": dice_figure(dice), "hd95": dice_figure(hd95, "HD95 (mm)"), "volumes": bland_altman_figure(sizes)}
-        worst = sorted(self.cases, key=lambda case: _mean(case.dice))
+        worst = sorted(self.cases, key=lambda case: mean_known(case.dice))
         for case in worst[:overlays]:
-            title = f"{case.name}: Dice {_mean(case.dice):.3f}"
+            title = f"{case.name}: Dice {mean_known(case.dice):.3f}"
             out[f"overlay_{case.name}"] = overlay_figure(case.image, case.labels, self.class_names, case.truth, title=title)
         return out
 
@@ -145,7 +145,3 @@ def page(title: str, means: dict[str, float], table: pd.DataFrame, figures: dict
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
     body = f"<h1>{html.escape(title)}</h1><table>{numbers}</table>{''.join(pictures)}<h2>Cases</h2><div class=wide>{cases}</div></html>"
     return head + body
-
-
-def _mean(values: ndarray) -> float:
-    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
