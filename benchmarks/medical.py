@@ -16,7 +16,7 @@ from torch import Tensor
 
 from foveal.kernels.bench import Contestants, comparison, forward_and_backward, main
 from foveal.medical.models.rat import RAT, RegionAttention, sort_regions
-from foveal.medical.regions import numbered, superpixels
+from foveal.medical.regions import numbered, region_volume, superpixels
 from foveal.medical.volumes import read_volume
 
 EXAMPLE = Path(__file__).parents[2] / "shared" / "data" / "medical" / "rat_example" / "example_img"
@@ -26,9 +26,10 @@ SIZE = 256
 def example(step: int) -> tuple[Tensor, Tensor]:
     """Picture and region map."""
     if EXAMPLE.exists():
-        picture = read_volume(EXAMPLE / "input_img.png").voxels[::step, ::step, 0] / 255.0
-        regions = numbered(read_volume(EXAMPLE / "indexed_mask.nii").voxels[::step, ::step, 0])
-        return torch.from_numpy(picture).float()[None, None], torch.from_numpy(regions)[None]
+        picture = read_volume(EXAMPLE / "input_img.png")
+        regions = region_volume(EXAMPLE / "indexed_mask.nii", picture)
+        pixels = picture.voxels[::step, ::step, 0] / 255.0
+        return torch.from_numpy(pixels).float()[None, None], torch.from_numpy(numbered(regions[::step, ::step, 0]))[None]
     noise = torch.nn.functional.avg_pool2d(torch.rand(1, 1, SIZE + 30, SIZE + 30, generator=torch.Generator().manual_seed(0)), 31, 1)
     return noise, torch.from_numpy(superpixels(noise[0, 0].numpy()))[None]
 

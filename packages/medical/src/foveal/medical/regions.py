@@ -44,12 +44,11 @@ def region_volume(path: str | Path, like: Volume, scale: int = 1) -> Int[ndarray
     """
     regions = read_volume(path)
     voxels = regions.voxels
+    if like.kind == "picture" and regions.kind != "picture":
+        voxels = voxels.swapaxes(0, 1)  # the first index of a volume's file runs along a row, that of a picture down a column
     rows, columns, slices = like.voxels.shape
     if scale > 1 and voxels.shape == like.voxels.shape:
         voxels = voxels.repeat(scale, 0).repeat(scale, 1)
-    if like.kind == "picture" and regions.kind != "picture" and voxels.shape == (columns * scale, rows * scale, slices):
-        # A map that was saved as NIfTI of an array with rows first looks like this only where it is square, and there it is taken as it stands.
-        voxels = voxels.swapaxes(0, 1)
     if voxels.shape != (rows * scale, columns * scale, slices):
         raise UserError(f"expected regions of size {(rows * scale, columns * scale, slices)} for {like.source}; {path} has {voxels.shape}")
     if (voxels != np.round(voxels)).any():

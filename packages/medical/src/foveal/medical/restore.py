@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from foveal.medical.plots import regions_figure, restoration_figure
 from foveal.medical.regions import region_volume, superpixels
 from foveal.medical.restoration_metrics import fidelity
 from foveal.medical.segment import collect_scans, names_of
-from foveal.medical.volumes import Volume, output_suffix, read_volume, write_volume
+from foveal.medical.volumes import Volume, output_suffix, read_volume, stem_of, write_volume
 
 
 class Restorer:
@@ -111,7 +112,8 @@ class Restorer:
     def restored(self, volume: Volume, regions: Int[ndarray, "i j k"]) -> Volume:
         """Restore with a region map on the output's grid. Whole numbers come out as whole numbers of the same type, all else as float32."""
         low, high = self.range_of(volume)
-        scale, multiple = self.scale, self.network.config.multiple // self.scale or 1
+        scale = self.scale
+        multiple = self.network.config.multiple // gcd(self.network.config.multiple, scale)
         turn = (lambda x: x) if volume.kind == "picture" else (lambda x: x.T)  # rows before columns
         slices = []
         for index in range(volume.voxels.shape[2]):
@@ -202,7 +204,7 @@ def _beside(place: Path | None, name: str) -> Path | None:
     """The file itself, or the one of this name in a folder."""
     if place is None or place.is_file():
         return place
-    fitting = [path for path in sorted(place.iterdir()) if path.name.split(".")[0] == name]
+    fitting = [path for path in sorted(place.iterdir()) if stem_of(path) == name]
     if not fitting:
         raise UserError(f"expected a file named {name} in {place}; there is none; add it, or leave the option out")
     return fitting[0]

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from foveal.core.errors import UserError
 from foveal.core.resumable import ResumableDataLoader
-from foveal.medical.regions import numbered, superpixels
+from foveal.medical.regions import region_volume, superpixels
 from foveal.medical.volumes import ITK, NIFTI, PICTURES, read_volume, stem_of, suffix_of
 
 Degradation = Literal["low_dose", "low_count", "enlarge"]
@@ -162,13 +162,13 @@ class RestorationPairs(pl.LightningDataModule):
             name = stem_of(path)
             if suffix_of(path) not in (*PICTURES, *NIFTI, *ITK) or name not in good:
                 continue
-            pictures = [self._scaled(read_volume(place).voxels[:, :, 0])[None] for place in (path, good[name])]
-            parts = read_volume(maps[name]).voxels[:, :, 0] if name in maps else superpixels(pictures[0][0].numpy())
-            if parts.shape != pictures[1].shape[1:] and parts.T.shape == pictures[1].shape[1:]:
-                parts = parts.T
-            if parts.shape != pictures[1].shape[1:]:
-                raise UserError(f"expected regions of {tuple(pictures[1].shape[1:])} pixels for {good[name]}; got {parts.shape}")
-            pairs.append(Pair(pictures[0], torch.from_numpy(numbered(parts)), pictures[1]))
+            volumes = [read_volume(place) for place in (path, good[name])]
+            pictures = [self._scaled(volume.voxels[:, :, 0])[None] for volume in volumes]
+            if name in maps:
+                parts = region_volume(maps[name], volumes[1])[:, :, 0]
+            else:
+                parts = superpixels(pictures[0][0].numpy()).repeat(self.scale, 0).repeat(self.scale, 1)
+            pairs.append(Pair(pictures[0], torch.from_numpy(parts), pictures[1]))
         if not pairs:
             raise UserError(f"expected pictures of one name in {target} and {degraded}; found none")
         return pairs
