@@ -1,6 +1,6 @@
 """MHS-VM: a U-shaped segmentation network of selective scans whose heads walk over the image along different routes.
 
-Yang et al., MHS-VM: Multi-Head Scanning in Parallel Subspaces for Vision Mamba (arXiv:2406.05992), as the released code computes it: 17,257,129
+Ji, MHS-VM: Multi-Head Scanning in Parallel Subspaces for Vision Mamba (arXiv:2406.05992), as the released code computes it: 17,257,129
 parameters with four heads. All heads and routes of a block run in two calls of `foveal.kernels.selective_scan`, one a direction: a route and
 its reverse read the same gathered sequence.
 """
