@@ -16,6 +16,7 @@ import yaml
 
 from foveal.core.checkpoint import save_weights
 from foveal.core.errors import UserError
+from foveal.core.official import read_official
 from foveal.core.run_folder import run_of
 from foveal.medical.models.guided_attention import GuidedAttentionConfig, GuidedAttentionNet
 from foveal.medical.models.mhs_vm import MHSVM, MHSVMConfig
@@ -51,7 +52,7 @@ def export(checkpoint: str | Path, target: str | Path, card: str | None = None, 
         raise UserError(f"expected a run that trains {', '.join(_NETWORKS)}; {run} trains {network['class_path']}; choose another run")
     system, build, sizes = _NETWORKS[name]
     config = sizes(**(network["init_args"].get("config") or {}))
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    saved = read_official(checkpoint)  # admits tensors, numbers and plain containers only
     state = {key.removeprefix("network."): value for key, value in saved["state_dict"].items() if key.startswith("network.")}
     build(config).load_state_dict(state)  # every key and shape is looked at
     about = {"steps": str(saved["global_step"])}

@@ -7,6 +7,7 @@ that the bundled weights are held against.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -145,7 +146,7 @@ class SegmentationTask(pl.LightningModule):
         rising = max(1, round(self.warmup * steps))
 
         def share(step: int) -> float:
-            return (step + 1) / rising if step < rising else 0.5 * (1 + np.cos(np.pi * min(1.0, (step - rising) / max(1, steps - rising))))
+            return (step + 1) / rising if step < rising else 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, steps - rising))))
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, share), "interval": "step"}}
 
