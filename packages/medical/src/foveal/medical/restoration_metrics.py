@@ -34,10 +34,12 @@ class Fidelity(NamedTuple):
 def fidelity(image: Float[ndarray, "rows columns"], reference: Float[ndarray, "rows columns"], low: float, high: float) -> Fidelity:
     """Compare in the range from `low` to `high`, to which both are clipped; equal images have an infinite PSNR."""
     span = high - low
-    clipped = [np.clip((np.asarray(picture, dtype=np.float64) - low) / span, 0, 1) for picture in (image, reference)]
-    luma = [16 + np.round(picture * 255) * 219 / 255 for picture in clipped]
+    ours, wanted = (np.clip((np.asarray(picture, dtype=np.float64) - low) / span, 0, 1) for picture in (image, reference))
+    our_luma, wanted_luma = (16 + np.round(picture * 255) * 219 / 255 for picture in (ours, wanted))
     rmse = float(np.sqrt(np.mean((np.asarray(image, np.float64) - np.asarray(reference, np.float64)) ** 2)))
-    return Fidelity(_psnr(*clipped, 1.0), _ssim(*clipped, 1.0), _psnr(*luma, 255.0), _ssim(*luma, 255.0), rmse)
+    return Fidelity(
+        _psnr(ours, wanted, 1.0), _ssim(ours, wanted, 1.0), _psnr(our_luma, wanted_luma, 255.0), _ssim(our_luma, wanted_luma, 255.0), rmse
+    )  # fmt: skip
 
 
 def _psnr(image: ndarray, reference: ndarray, span: float) -> float:
