@@ -244,7 +244,7 @@ def segment_command(
             if attention:
                 picture, maps, point = segmenter.attention(volume)
                 with atomic_write(folder / f"{name}_attention.png") as temporary:
-                    attention_figure(picture, maps, point, f"{name}: what the cross attends to").savefig(temporary, dpi=120)
+                    attention_figure(picture, maps, point, f"{name}, as the network reads it: what the cross attends to").savefig(temporary, dpi=120)
                 entry.outputs.append(str(folder / f"{name}_attention.png"))
             entry.numbers["seconds"] = time.perf_counter() - started
     columns = {"seconds": ".1f", "Dice": ".3f", "HD95 mm": ".1f"} | {f"{name} ml": ".2f" for name in segmenter.class_names}

@@ -273,9 +273,8 @@ def _read_picture(path: Path) -> Volume:
     try:
         with Image.open(path) as picture:
             picture.load()
-            if picture.mode not in ("L", "I", "I;16", "I;16B", "I;16L", "F", "1"):
-                picture = picture.convert("L")
-            voxels = np.asarray(picture)
+            grey = picture.mode in ("L", "I", "I;16", "I;16B", "I;16L", "F", "1")
+            voxels = np.asarray(picture if grey else picture.convert("L"))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"expected a picture; {path} cannot be read: {_line(error)}; is it complete?") from None
     voxels = voxels.astype(np.uint8) if voxels.dtype == bool else voxels.astype(np.uint16) if voxels.dtype == np.int32 else voxels
