@@ -10,7 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK
 import torch
+from PIL import Image
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "medical"
@@ -91,3 +95,71 @@ def medical_data() -> Path:
     if not DATA.is_dir():
         pytest.skip("real medical images (../shared/data/medical) are not here")
     return DATA
+
+
+@pytest.fixture
+def write_series(tmp_path):
+    """Write voxels as a DICOM series whose files are named in no useful order; gives the folder."""
+
+    def write(voxels: np.ndarray, affine: np.ndarray, folder="series", number=3, description="T1", skip=(), compressed=False, in_order=False):
+        place = tmp_path / folder
+        place.mkdir(exist_ok=True)
+        lps = np.diag([-1.0, -1, 1, 1]) @ affine
+        spacing = np.linalg.norm(lps[:3, :3], axis=0)
+        direction = lps[:3, :3] / spacing
+        uid, study = generate_uid(), generate_uid()
+        for index in range(voxels.shape[2]):
+            if index in skip:
+                continue
+            meta = FileMetaDataset()
+            meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = MRImageStorage, generate_uid()
+            meta.TransferSyntaxUID = ExplicitVRLittleEndian
+            name = place / (f"{index:03d}.dcm" if in_order else f"{(index * 7919) % 101:03d}_{number}.dcm")
+            data = FileDataset(str(name), {}, file_meta=meta, preamble=b"\0" * 128)
+            data.SOPClassUID, data.SOPInstanceUID = MRImageStorage, meta.MediaStorageSOPInstanceUID
+            data.SeriesInstanceUID, data.StudyInstanceUID, data.SeriesNumber, data.SeriesDescription = uid, study, number, description
+            data.Modality, data.PatientName, data.PatientID, data.InstanceNumber = "MR", "Phantom", "0", index + 1
+            data.ImagePositionPatient = [float(x) for x in (lps @ [0, 0, index, 1])[:3]]
+            data.ImageOrientationPatient = [float(x) for x in (*direction[:, 0], *direction[:, 1])]
+            data.PixelSpacing, data.SliceThickness = [float(spacing[1]), float(spacing[0])], float(spacing[2])
+            pixels = np.ascontiguousarray(voxels[:, :, index].T)
+            data.Rows, data.Columns, data.SamplesPerPixel, data.PhotometricInterpretation = *pixels.shape, 1, "MONOCHROME2"
+            data.BitsAllocated = data.BitsStored = 16
+            data.HighBit, data.PixelRepresentation = 15, 1 if pixels.dtype == np.int16 else 0
+            data.PixelData = pixels.tobytes()
+            data.save_as(name, enforce_file_format=True)
+            if compressed:
+                image = SimpleITK.ReadImage(str(name))
+                writer = SimpleITK.ImageFileWriter()
+                writer.SetFileName(str(name))
+                writer.SetUseCompression(True)
+                writer.SetCompressor("JPEG")
+                writer.KeepOriginalImageUIDOn()
+                writer.Execute(image)
+        return place
+
+    return write
+
+
+@pytest.fixture
+def write_chaos(write_series):
+    """Write a tiny case as CHAOS lays its MRI out: a DICOM series, and one PNG a slice with an organ's grey value."""
+
+    def write(root: Path, number: int) -> None:
+        generator = np.random.default_rng(number)
+        voxels = generator.integers(0, 90, (32, 32, 4)).astype(np.int16)
+        case = root / "Train_Sets" / "MR" / str(number) / "T1DUAL"
+        (case / "Ground").mkdir(parents=True)
+        (case / "DICOM_anon").mkdir()
+        labels = np.zeros((32, 32, 4), np.uint8)
+        for index, value in enumerate((63, 126, 189, 252)):
+            labels[4 + 6 * index : 9 + 6 * index, 6:12, :] = value
+            labels[0, 0, index] = 63  # slices can be told apart
+            voxels[0, 0, index] = 500 + index
+        voxels[labels > 0] += 100
+        series = write_series(voxels, np.diag([-1.5, -1.5, 4.0, 1.0]), f"chaos_{number}", in_order=True)
+        series.rename(case / "DICOM_anon" / "InPhase")
+        for index in range(4):
+            Image.fromarray(labels[:, :, index].T).save(case / "Ground" / f"IMG-{index:05d}.png")
+
+    return write

@@ -141,3 +141,18 @@ def test_sizes_that_cannot_be_are_refused_in_a_sentence():
         GuidedAttentionConfig(width=20)
     with pytest.raises(ValueError, match="stride must be"):
         GuidedAttentionConfig(stride=3)
+
+
+def test_recomputing_changes_neither_gradients_nor_statistics():
+    torch.manual_seed(0)
+    plain = GuidedAttentionNet(guided_attention_small(classes=3)).double().train()
+    again = GuidedAttentionNet(plain.config, recompute=True).double().train()
+    again.load_state_dict(plain.state_dict())
+    image, label = torch.randn(2, 1, 32, 32, dtype=torch.float64), torch.randint(0, 3, (2, 32, 32))
+    for model in (plain, again):
+        for _ in range(2):
+            guided_loss(model.forward_guided(image), label).total.backward()
+    for (name, one), (_, other) in zip(plain.named_parameters(), again.named_parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, msg=name)
+    for (name, one), (_, other) in zip(plain.named_buffers(), again.named_buffers(), strict=True):
+        assert torch.equal(one, other), name

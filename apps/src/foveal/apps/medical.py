@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 from foveal.apps.verbs import add_convert, add_training
@@ -10,3 +13,68 @@ app = typer.Typer(rich_markup_mode=None)
 
 add_training(app, "medical", "configs/medical/hippocampus_small.yaml")
 add_convert(app, "medical")
+
+_Scans = Annotated[list[Path], typer.Argument(help="NIfTI, NRRD, MetaImage, PNG, TIFF, DICOM files or series folders; or folders of them.")]
+_Device = Annotated[str, typer.Option(help="auto, cpu, or cuda[:N].")]
+_Frame = Annotated[int | None, typer.Option(help="Which volume of 4-D files, from 0.")]
+_Series = Annotated[str | None, typer.Option(help="Which series of a DICOM folder with several: its number, UID or a part of its name.")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs instead of keeping them.")]
+_Seed = Annotated[int, typer.Option(help="Of everything random.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print the report for machines.")]
+
+
+@app.command()
+def segment(
+    scans: _Scans,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: segmented.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights (.safetensors); default: the package's own, which know the hippocampus only.")
+    ] = None,
+    truth: Annotated[Path | None, typer.Option(help="Reference labels, a file or a folder of files of the scans' names: Dice and HD95.")] = None,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Write each structure's probabilities too.")] = False,
+    pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Draw overlays.")] = True,
+    attention: Annotated[bool, typer.Option("--attention", help="Draw what the found structure's middle attends to.")] = False,
+    device: _Device = "auto",
+    frame: _Frame = None,
+    series: _Series = None,
+    overwrite: _Overwrite = False,
+    seed: _Seed = 0,
+    as_json: _Json = False,
+) -> None:
+    """Segment scans: labels on each scan's exact grid and in its format (NIfTI for DICOM), volumes in ml, an overlay of each."""
+    from foveal.medical.segment import segment_command
+
+    raise typer.Exit(
+        segment_command(
+            scans, output=output, checkpoint=checkpoint, device=device, truth=truth, probabilities=probabilities, pictures=pictures,
+            attention=attention, frame=frame, series=series, overwrite=overwrite, seed=seed, as_json=as_json,
+        )
+    )  # fmt: skip
+
+
+@app.command()
+def restore(
+    scans: _Scans,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights of RAT (.safetensors), as fit's export or convert writes them; none ship.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: restored.")] = None,
+    regions: Annotated[Path | None, typer.Option(help="Region map or segmentation, a file or a folder; default: superpixels (SLIC).")] = None,
+    truth: Annotated[
+        Path | None, typer.Option(help="Good images, file or folder: PSNR and SSIM, in the range given and as the authors report.")
+    ] = None,
+    value_range: Annotated[tuple[float, float] | None, typer.Option(help="Values that count as 0 and 1, such as -160 240 for CT.")] = None,
+    device: _Device = "auto",
+    frame: _Frame = None,
+    series: _Series = None,
+    overwrite: _Overwrite = False,
+    seed: _Seed = 0,
+    as_json: _Json = False,
+) -> None:
+    """Restore scans (denoise, enlarge) with a Region Attention Transformer: the same place in space, a picture of each."""
+    from foveal.medical.restore import restore_command
+
+    raise typer.Exit(
+        restore_command(
+            scans, output=output, checkpoint=checkpoint, device=device, regions=regions, truth=truth, value_range=value_range, frame=frame,
+            series=series, overwrite=overwrite, seed=seed, as_json=as_json,
+        )
+    )  # fmt: skip

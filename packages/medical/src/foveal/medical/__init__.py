@@ -14,20 +14,46 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from foveal.medical.checkpoints import load_official, systems, to_official
     from foveal.medical.models.guided_attention import GuidedAttentionConfig, GuidedAttentionNet
+    from foveal.medical.models.mhs_vm import MHSVM, MHSVMConfig
+    from foveal.medical.models.rat import RAT, RATConfig
+    from foveal.medical.preparation import Preparation
+    from foveal.medical.restore import Restorer
+    from foveal.medical.segment import Segmenter
+    from foveal.medical.volumes import Volume, read_volume, write_volume
 
 __all__ = [
+    "MHSVM",
+    "RAT",
     "GuidedAttentionConfig",
     "GuidedAttentionNet",
+    "MHSVMConfig",
+    "Preparation",
+    "RATConfig",
+    "Restorer",
+    "Segmenter",
+    "Volume",
     "load_official",
+    "read_volume",
     "systems",
     "to_official",
+    "write_volume",
 ]
 
 _HOME = {
     "GuidedAttentionConfig": "models.guided_attention",
     "GuidedAttentionNet": "models.guided_attention",
+    "MHSVM": "models.mhs_vm",
+    "MHSVMConfig": "models.mhs_vm",
+    "Preparation": "preparation",
+    "RAT": "models.rat",
+    "RATConfig": "models.rat",
+    "Restorer": "restore",
+    "Segmenter": "segment",
+    "Volume": "volumes",
     "load_official": "checkpoints",
+    "read_volume": "volumes",
     "systems": "checkpoints",
+    "write_volume": "volumes",
     "to_official": "checkpoints",
 }
 

@@ -1,6 +1,6 @@
 """The orders in which the heads of MHS-VM walk over a grid: continuous rows, anti-diagonals, a spiral, and plain raster order, two routes each.
 
-Yang et al., MHS-VM: Multi-Head Scanning in Parallel Subspaces for Vision Mamba (arXiv:2406.05992). The routes of any height and width are made
+Ji, MHS-VM: Multi-Head Scanning in Parallel Subspaces for Vision Mamba (arXiv:2406.05992). The routes of any height and width are made
 when first needed and kept; the authors ship a table for one image size.
 """
 
