@@ -196,12 +196,12 @@ def gated_delta_rule_step(
     normalize_qk: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One token of `gated_delta_rule`, for decoding: (output, state after it). Arguments as there, without the length."""
-    _check_state("state", state, (*k.shape, v.shape[-1]))
+    q, k, v, rates = _one_token(q, k, v, {"beta": beta, **({} if g is None else {"g": g})})
+    _check_state("state", state, (*k.shape[:2], k.shape[3], v.shape[3]))
     q, k, v = _cast(q, k, v, normalize_qk)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    rates = (beta[..., None], None if g is None else g[..., None])
     with torch.autocast(q.device.type, enabled=False):
-        out, state = gated_delta_rule_reference(q[:, :, None], k[:, :, None], v[:, :, None], *rates, state, scale)
+        out, state = gated_delta_rule_reference(q, k, v, rates["beta"], rates.get("g"), state, scale)
     return out[:, :, 0], state
 
 
@@ -225,13 +225,13 @@ def titans_step(
     normalize_qk: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """One token of `titans`, for decoding: (output, (memory, momentum) after it). Arguments as there, without the length."""
+    q, k, v, rates = _one_token(q, k, v, {"theta": theta, "alpha": alpha, "eta": eta})
     for name, part in zip(("memory", "momentum"), state, strict=True):
-        _check_state(name, part, (*k.shape, v.shape[-1]))
+        _check_state(name, part, (*k.shape[:2], k.shape[3], v.shape[3]))
     q, k, v = _cast(q, k, v, normalize_qk)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    q, k, v, theta, alpha, eta = q[:, :, None], k[:, :, None], v[:, :, None], theta[..., None], alpha[..., None], eta[..., None]
     with torch.autocast(q.device.type, enabled=False):
-        out, state = titans_reference(q, k, v, theta, alpha, eta, state, scale)
+        out, state = titans_reference(q, k, v, *rates.values(), state, scale)
     return out[:, :, 0], state
 
 
@@ -262,6 +262,18 @@ def _check(q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor], chunk_size
     devices = {t.device for t in (q, k, v, *rates.values())}
     if len(devices) > 1:
         raise ValueError(f"all tensors must be on one device; got {', '.join(sorted(map(str, devices)))}")
+
+
+def _one_token(q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Checked, with a length of 1."""
+    for name, tensor, shape in (("q", q, "dim"), ("k", k, "dim"), ("v", v, "value_dim")):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 3:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name} must have shape (batch, heads, {shape}), one token; got {got}")
+    q, k, v = q[:, :, None], k[:, :, None], v[:, :, None]
+    rates = {name: rate[..., None] for name, rate in rates.items()}
+    _check(q, k, v, rates, 1)
+    return q, k, v, rates
 
 
 def _check_state(name: str, state: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -309,9 +321,18 @@ def _delta_candidates(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor |
     return _candidates(q, k, v, beta, g, options.get("initial_state"), options.get("chunk_size", 16))
 
 
+def _titans_candidates(
+    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, alpha: Tensor, eta: Tensor, *, layout: str = "bhnd", chunk_size: int = 16, **options: Any
+) -> Candidates:
+    if _swapped(layout):
+        q, k, v, theta, alpha, eta = (t.transpose(1, 2) for t in (q, k, v, theta, alpha, eta))
+    _check(q, k, v, {"theta": theta, "alpha": alpha, "eta": eta}, chunk_size)
+    return _TITANS_CANDIDATES
+
+
 gated_delta_rule.candidates = _delta_candidates  # type: ignore[attr-defined]
 delta_rule.candidates = _delta_candidates  # type: ignore[attr-defined]
-titans.candidates = lambda *args, **options: _TITANS_CANDIDATES  # type: ignore[attr-defined]
+titans.candidates = _titans_candidates  # type: ignore[attr-defined]
 
 
 # --- registration --------------------------------------------------------------------------------------------------------------------

@@ -133,8 +133,12 @@ def linear_attention_step(
     """One token of causal `linear_attention`, for decoding: (output, state after it). Arguments as there, without the length.
 
     Raises:
-        ValueError: the state does not have the shape (batch, heads, dim of phi(k), value_dim, or value_dim + 1 with `normalize`).
+        ValueError: a shape does not fit; that of the state is (batch, heads, dim of phi(k), value_dim, or value_dim + 1 with `normalize`).
     """
+    for name, tensor, shape in (("q", q, "dim"), ("k", k, "dim"), ("v", v, "value_dim")):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 3:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name} must have shape (batch, heads, {shape}), one token; got {got}")
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     q, k, v = _cast(q, k, v)
     q, k, v = _mapped(q, k, v, feature_map, normalize)
