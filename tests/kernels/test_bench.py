@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -60,6 +61,16 @@ def test_bench_runs_each_comparison_in_a_process_of_its_own_and_writes_json_and_
     (figures,) = json.loads((tmp_path / "out.json").read_text())["comparisons"].values()
     assert set(figures["milliseconds"]) >= {"foveal", "scatter (PyG's steps)"}
     assert (tmp_path / "out.csv").read_text().startswith("kernel_name,")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a copy of the process is made by fork")
+def test_a_comparison_that_fails_is_named_and_the_others_processes_are_not_touched() -> None:
+    def broken() -> bench.Contestants:
+        os._exit(3)
+
+    question = bench.Comparison("square", "ours", "ours", None, None, ("cpu",), None, broken)
+    with pytest.raises(RuntimeError, match="'square' could not be measured"):
+        bench._measured_in_a_fork(question, 1, time.perf_counter)
 
 
 def test_a_comparison_that_does_not_exist_is_named_with_those_that_do(capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,7 +140,7 @@ def test_a_tensor_of_the_wrong_rank_is_refused_in_one_line_that_says_what_is_tak
 
 def test_explain_refuses_what_is_no_operator() -> None:
     for other in (torch.matmul, foveal.kernels.explain, foveal.kernels.CSR, doctor.example):
-        with pytest.raises(TypeError, match="explain takes an operator of foveal.kernels"):
+        with pytest.raises(TypeError, match=r"explain takes an operator of foveal\.kernels"):
             foveal.kernels.explain(other)
     with pytest.raises(TypeError, match="missing a required argument: 'lses'"):
         foveal.kernels.explain(foveal.kernels.merge_attention, [torch.zeros(1, 1)])

@@ -26,7 +26,10 @@ def test_halo_attention_is_the_papers_formula(lively, draw, block, halo, height,
             seen = [place for place in window if on_map[place] or beyond == "zeros"]
             for h in range(2):
                 own = slice(4 * h, 4 * h + 4)
-                rows, columns = (layer.rel_height[[p[0] - y + block + halo - 1 for p in seen]], layer.rel_width[[p[1] - c + block + halo - 1 for p in seen]])
+                rows, columns = (
+                    layer.rel_height[[p[0] - y + block + halo - 1 for p in seen]],
+                    layer.rel_width[[p[1] - c + block + halo - 1 for p in seen]],
+                )
                 keys, values = (torch.stack([t[:, ky, kx, own] if on_map[ky, kx] else nothing for ky, kx in seen], 1) for t in (k, v))
                 weights = torch.softmax(((keys + rows + columns) @ q[:, y, c, own, None]).squeeze(-1) / 2, -1)
                 expected[:, y, c, own] = (weights[:, None] @ values).squeeze(1)

@@ -41,8 +41,8 @@ class HaloAttention(nn.Module):
 
     References:
         Vaswani et al., Scaling Local Self-Attention for Parameter Efficient Visual Backbones (HaloNet), CVPR 2021
-        (arXiv:2103.12731); relative positions of Shaw et al. as in Ramachandran et al., 2019. The widespread lucidrains/halonet-pytorch masks the cells
-        inside the map instead of those outside.
+        (arXiv:2103.12731); relative positions of Shaw et al. as in Ramachandran et al., 2019. The widespread lucidrains/halonet-pytorch
+        masks the cells inside the map instead of those outside.
     """
 
     def __init__(
