@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from foveal.kernels.delta import chunked, cpu
 from foveal.kernels.delta.reference import gated_delta_rule_reference, titans_reference
 from foveal.kernels.dispatch import Candidates, choose, why_not_triton
-from foveal.kernels.library import fold_into_batch, operator
+from foveal.kernels.library import differentiate_twice, fold_into_batch, operator
 from foveal.kernels.linear.packed import pack, places, unpack
 
 if TYPE_CHECKING:
@@ -414,20 +414,13 @@ def _remember_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _differentiate_twice(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
     """The gradient of the gradient, through the chunked torch form. The errors are functions of the inputs there."""
-    with torch.enable_grad():
-        leaves: list[Any] = [t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
-        dout, dfinal_state, *tensors = leaves
-        q, k, v, beta, g, initial_state = tensors
-        out, state = chunked.gated_delta_rule(q, k, v, beta, g, initial_state, ctx.scale, 16)
-        results, into = ([out], [dout]) if dfinal_state is None else ([out, state], [dout, dfinal_state])
-        present = [value for value in tensors if value is not None]
-        first = iter(torch.autograd.grad(results, present, into, create_graph=True, allow_unused=True, materialize_grads=True))
-        gradients = [None if value is None else next(first) for value in tensors]
-        pairs = [(a, b) for a, b in zip(gradients, second, strict=True) if a is not None and b is not None]
-        wanted = [leaf for leaf in leaves if leaf is not None]
-        found = iter(torch.autograd.grad([a for a, _ in pairs], wanted, [b for _, b in pairs], allow_unused=True))
-    results_of = [None if leaf is None else next(found) for leaf in leaves]
-    return (*results_of[:2], None, *results_of[2:], None, None)
+    dout, dfinal_state, *inputs = ctx.saved_tensors
+
+    def definition(*tensors: Any) -> tuple[Tensor, Tensor]:
+        return chunked.gated_delta_rule(*tensors, ctx.scale, 16)
+
+    gradients = differentiate_twice(definition, (dout, dfinal_state), inputs, second)
+    return (*gradients[:2], None, *gradients[2:], None, None)
 
 
 delta_rule_backward.register_autograd(_differentiate_twice, setup_context=_remember_backward)

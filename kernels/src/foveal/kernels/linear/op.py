@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveal.kernels.dispatch import Candidates, choose, why_not_triton
-from foveal.kernels.library import fold_into_batch, operator
+from foveal.kernels.library import differentiate_twice, fold_into_batch, operator
 from foveal.kernels.linear import chunked, cpu
 from foveal.kernels.linear.feature_maps import FeatureMap, feature_maps
 from foveal.kernels.linear.packed import pack, places, unpack
@@ -395,18 +395,12 @@ def _remember_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _differentiate_twice(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
     """The gradient of the gradient, through the chunked torch form."""
-    with torch.enable_grad():
-        leaves: list[Any] = [t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
-        dout, dfinal_state, *tensors = leaves
-        out, state = chunked.scan(*tensors, *ctx.options)
-        results, into = ([out], [dout.to(out.dtype)]) if dfinal_state is None else ([out, state], [dout.to(out.dtype), dfinal_state])
-        present = [value for value in tensors if value is not None]
-        first = iter(torch.autograd.grad(results, present, into, create_graph=True, allow_unused=True, materialize_grads=True))
-        gradients = [None if value is None else next(first) for value in tensors]
-        pairs = [(a, b) for a, b in zip(gradients, second, strict=True) if a is not None and b is not None]
-        wanted = [leaf for leaf in leaves if leaf is not None]
-        found = iter(torch.autograd.grad([a for a, _ in pairs], wanted, [b for _, b in pairs], allow_unused=True))
-    return (*(None if leaf is None else next(found) for leaf in leaves), None, None, None)
+    dout, dfinal_state, *inputs = ctx.saved_tensors
+
+    def definition(*tensors: Any) -> tuple[Tensor, Tensor]:
+        return chunked.scan(*tensors, *ctx.options)
+
+    return (*differentiate_twice(definition, (dout, dfinal_state), inputs, second), None, None, None)
 
 
 linear_attention_backward.register_autograd(_differentiate_twice, setup_context=_remember_backward)

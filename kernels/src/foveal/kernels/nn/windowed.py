@@ -46,7 +46,7 @@ class HaloAttention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, heads: int, *, block: int = 8, halo: int = 3, beyond: str = "masked", head_dim: int | None = None, bias: bool = False
+        self, dim: int, heads: int, *, block: int = 8, halo: int = 3, beyond: str = "zeros", head_dim: int | None = None, bias: bool = False
     ) -> None:
         super().__init__()
         self.dim, self.heads, self.head_dim = dim, heads, width_of_heads(dim, heads, head_dim)
