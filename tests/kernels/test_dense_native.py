@@ -126,6 +126,17 @@ def test_sequences_in_one_call_give_what_each_gives_alone(generator: torch.Gener
         torch.testing.assert_close(lse[:, rows], sums[0].float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("numbers", [[0, 5, 9], [0, 12, 10], [1, 5, 10], [0, 20, 10]])
+def test_boundaries_outside_the_tensors_are_refused_where_the_public_function_could_not_see_them(
+    generator: torch.Generator, numbers: list[int]
+) -> None:
+    q = heads(generator, 1, 2, 10, 8)
+    cu = torch.tensor(numbers, dtype=torch.int32)
+    call = Call(q, q, q, cu_queries=cu, cu_keys=torch.tensor([0, 5, 10], dtype=torch.int32), longest_query=10, longest_key=10)
+    with pytest.raises(ValueError, match="must rise from 0 to the total 10"):
+        cpu_native.forward(call, torch.empty_like(q), torch.empty(1, 2, 10))
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("length", [40, 150])
 def test_without_the_library_torch_gives_the_same(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, options: str, length: int) -> None:

@@ -90,7 +90,7 @@ def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     """
     candidates = getattr(operator, "candidates", None)
     if candidates is None:
-        face = importlib.import_module(__package__)
+        face = importlib.import_module("foveal.kernels")
         if operator is explain or not inspect.isfunction(operator) or getattr(face, operator.__name__, None) is not operator:
             raise TypeError(f"explain takes an operator of foveal.kernels, such as foveal.kernels.attention; got {operator!r}")
         inspect.signature(operator).bind(*args, **kwargs)

@@ -57,7 +57,7 @@ def forward(call: Call, out: Tensor, lse: Tensor) -> None:
         steps = torch.tensor([*(t.stride(0) for t in (q, k, v, out, lse)), 0, 0])
         place = torch.arange(batch)[:, None] * steps + torch.tensor([0, 0, 0, 0, 0, queries, keys])
     else:
-        rows, seen = call.cu_queries.long(), call.cu_keys.long()
+        rows, seen = (_bounds(cu, total) for cu, total in ((call.cu_queries, q.shape[2]), (call.cu_keys, k.shape[2])))
         batch, queries = rows.shape[0] - 1, call.longest_query
         steps = torch.tensor([t.stride(2) for t in (q, k, v, out, lse)])
         starts = torch.stack([rows[:-1], seen[:-1], seen[:-1], rows[:-1], rows[:-1]], 1)
@@ -75,3 +75,13 @@ def forward(call: Call, out: Tensor, lse: Tensor) -> None:
         setattr(problem, name, tensor.data_ptr())
     if library.flash_forward(ctypes.byref(problem), threads) != 0:
         raise MemoryError("attention: no memory for the rows of a thread")
+
+
+def _bounds(cu: Tensor, total: int) -> Tensor:
+    """Where sequences begin, int64. Checked here once more: where a call is compiled the public function could not see the numbers."""
+    numbers = cu.tolist()
+    if numbers[0] != 0 or numbers[-1] != total or numbers != sorted(numbers):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the total {total}; got {numbers if len(numbers) <= 6 else [*numbers[:3], ..., numbers[-1]]}"
+        )
+    return cu.long()
