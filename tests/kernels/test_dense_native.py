@@ -1,4 +1,4 @@
-"""Attention's forward pass in C beside the definition in float64, and beside the torch forms that serve where there is no library."""
+"""Attention in C beside the definition in float64, and beside the torch forms that serve where there is no library."""
 
 from __future__ import annotations
 
@@ -67,6 +67,57 @@ def test_a_bias_of_any_shared_shape_is_added(generator: torch.Generator, shape: 
     expected = attention(q.double(), k.double(), v.double(), bias=bias.double(), backend="reference")
     assert relative_error(attention(q, k, v, bias=bias, backend="cpu"), expected) < 2e-6
     assert relative_error(attention(q, k, v, bias=bias.expand(2, 4, 19, 70), backend="cpu"), expected) < 2e-6
+
+
+GRADIENTS: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None, dict[str, Any]]] = {
+    # queries, keys, heads, key heads, dim, value dim; shape of a bias
+    "one pair": ((1, 1, 1, 1, 1, 1), None, {}),
+    "windows of 49": ((49, 49, 4, 4, 32, 32), (1, 4, 49, 49), {}),
+    "causal, grouped heads": ((77, 131, 6, 2, 40, 72), None, {"causal": True}),
+    "a window over blocks of keys": ((300, 300, 2, 1, 16, 16), None, {"window": (17, 9)}),
+    "more keys than a block": ((50, 777, 2, 2, 24, 24), (1, 1, 50, 777), {}),
+    "more queries than keys": ((777, 50, 2, 2, 24, 17), None, {"causal": True}),
+    "bias a head and batch, grouped heads": ((61, 260, 4, 2, 24, 24), (2, 4, 61, 260), {"causal": True}),
+    "wide heads": ((33, 65, 1, 1, 256, 130), (2, 1, 33, 65), {}),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
+def test_gradients_are_the_definitions(generator: torch.Generator, name: str, layout: str) -> None:
+    (queries, keys, count, kv_heads, dim, value_dim), shape, options = GRADIENTS[name]
+    leaves = [heads(generator, 2, count, queries, dim, layout), heads(generator, 2, kv_heads, keys, dim, layout)]
+    leaves.append(heads(generator, 2, kv_heads, keys, value_dim, layout))
+    if shape is not None:
+        leaves.append(torch.randn(shape, generator=generator))
+    weights = torch.randn(2, count, queries, value_dim, generator=generator), torch.randn(2, count, queries, generator=generator)
+
+    def gradients(dtype: torch.dtype, backend: str) -> tuple[Tensor, ...]:
+        own = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+        results = attention(*own[:3], bias=own[3] if shape is not None else None, **options, return_lse=True, backend=backend)
+        seen = results[1] > float("-inf")
+        return torch.autograd.grad((results[0], results[1][seen]), own, (weights[0].to(dtype), weights[1].to(dtype)[seen]))
+
+    for actual, eager, expected in zip(
+        gradients(torch.float32, "cpu"), gradients(torch.float32, "reference"), gradients(torch.float64, "reference"), strict=True
+    ):
+        assert_close_to_definition(actual, eager, expected, factor=3.0, slack=2e-6)
+
+
+def test_gradients_of_sequences_in_one_call_are_those_of_each_alone(generator: torch.Generator) -> None:
+    queries, keys = [5, 0, 130, 1, 64], [9, 4, 130, 0, 600]
+    cu_q, cu_k = (torch.tensor([0, *lengths]).cumsum(0) for lengths in (queries, keys))
+    leaves = [torch.randn(sum(queries), 4, 24, generator=generator), *(torch.randn(sum(keys), 2, 24, generator=generator) for _ in range(2))]
+    leaves += [torch.randn(4, generator=generator), torch.randn(sum(queries), 4, generator=generator)]
+    weights = torch.randn(sum(queries), 4, 24, generator=generator)
+
+    def gradients(dtype: torch.dtype, backend: str) -> tuple[Tensor, ...]:
+        q, k, v, sinks, gate = own = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+        out = attention_varlen(q, k, v, cu_q, cu_k, 130, 600, causal=True, sinks=sinks, gate=gate, backend=backend)
+        return torch.autograd.grad(out, own, weights.to(dtype))
+
+    for actual, expected in zip(gradients(torch.float32, "cpu"), gradients(torch.float64, "reference"), strict=True):
+        assert relative_error(actual, expected) < 1e-5
 
 
 def test_rows_that_a_bias_shuts_give_zero_and_large_logits_stay_finite(generator: torch.Generator) -> None:
@@ -142,13 +193,18 @@ def test_boundaries_outside_the_tensors_are_refused_where_the_public_function_co
 def test_without_the_library_torch_gives_the_same(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, options: str, length: int) -> None:
     q, k, v = (heads(generator, 2, 4, length, 16) for _ in range(3))
     cu = torch.tensor([0, length // 3, length], dtype=torch.int32)
-    packed = [t[0].transpose(0, 1) for t in (q, k, v)]
-    native = [attention(q, k, v, **OPTIONS[options]), attention_varlen(*packed, cu, cu, length, length, **OPTIONS[options])]
+    packed = [t[0].transpose(0, 1).clone() for t in (q, k, v)]
+
+    def results() -> list[Tensor]:
+        leaves = [t.requires_grad_() for t in (q, k, v, *packed)]
+        outs = [attention(*leaves[:3], **OPTIONS[options]), attention_varlen(*leaves[3:], cu, cu, length, length, **OPTIONS[options])]
+        return [*outs, *torch.autograd.grad([out.square().sum() for out in outs], leaves)]
+
+    native = results()
     monkeypatch.setattr(cpu_native, "_library", lambda: None)
     assert not cpu_native.serves(Call(q, k, v))
-    torch_forms = [attention(q, k, v, **OPTIONS[options]), attention_varlen(*packed, cu, cu, length, length, **OPTIONS[options])]
-    for one, other in zip(native, torch_forms, strict=True):
-        assert relative_error(one, other) < 2e-6
+    for one, other in zip(native, results(), strict=True):
+        assert relative_error(one, other) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -1,9 +1,9 @@
 """Attention on the CPU without a (query, key) array: which form runs a call, and what surrounds it.
 
-Forward, plain softmax in float32 is one call of C (`cpu_native`), sequences of different lengths included. What is left has three forms:
-torch's flash kernels (`cpu_flash`) where they can serve, blocks of logits in the cache (`cpu_tiles`) where they cannot or where a gradient is
-wanted that they lack, and for short sequences (up to 64) one batched product, which is a block of many heads: there the flash kernel's set-up
-costs more than the product. Sequences of different lengths run one after another then, those of one length together.
+Softmax in float32, plain or with a bias, is one call of C (`cpu_native`), sequences of different lengths included. What is left has three
+forms: torch's flash kernels (`cpu_flash`) where they can serve, blocks of logits in the cache (`cpu_tiles`) where they cannot or where a
+gradient is wanted that they lack, and for short sequences (up to 64) one batched product, which is a block of many heads: there the flash
+kernel's set-up costs more than the product. Sequences of different lengths run one after another then, those of one length together.
 
 Sink and gate are outside of all that: a sink is one more term of a row's sum, so it rescales the row's output; a gate scales it.
 """
@@ -73,7 +73,8 @@ def backward(
     gradients: dict[str, Tensor],
 ) -> None:
     """Fill `gradients`: of q, k and v, and of the optional inputs that it names."""
-    if call.cu_queries is not None:
+    natively = cpu_native.differentiates(call, gradients)
+    if call.cu_queries is not None and not natively:
         _backward_by_bucket(call, dout, dlse, out, lse, gradients)
         return
     for name, gradient in gradients.items():
@@ -81,7 +82,7 @@ def backward(
             gradient.zero_()
     given, call = call, _bounded(call)
     empty = 0 in (*call.q.shape, *call.k.shape)
-    by_flash = dlse is None and _flash_serves(call) and not any(name in gradients for name in _BEYOND_FLASH)
+    by_flash = not natively and dlse is None and _flash_serves(call) and not any(name in gradients for name in _BEYOND_FLASH)
     by_flash = by_flash and max(call.q.shape[2], call.k.shape[2]) > SHORT
     delta = None
     if not by_flash or "sinks" in gradients:  # torch's flash backward makes its own
@@ -104,7 +105,9 @@ def backward(
         for name in ("q", "k", "v"):
             gradients[name].zero_()
         return
-    if delta is None or by_flash:
+    if natively and delta is not None:
+        cpu_native.backward(call, dout, delta, lse, gradients)
+    elif delta is None or by_flash:
         cpu_flash.backward(call, dout, out, lse, gradients)
     else:
         cpu_tiles.backward(call, dout, delta, lse, gradients)

@@ -1,7 +1,4 @@
-"""Softmax attention forward by flash.c: float32, on processors with 512-bit vectors; sequences of one length or of many in one call.
-
-The backward pass is that of the other forms: it needs the output and the log-sum-exp, which are the same.
-"""
+"""Softmax attention by flash.c, forward and backward: float32, on processors with 512-bit vectors; sequences of many lengths in one call."""
 
 from __future__ import annotations
 
@@ -18,18 +15,20 @@ from foveal.kernels.dense.call import Call
 SOURCE = str(Path(__file__).with_name("flash.c"))
 #: Rows below which it does not pay to copy a head's keys once more for another thread.
 _STRETCH = 96
+#: Gradients that it gives; those of sinks and gate are outside of the kernels.
+_GIVEN = ("q", "k", "v", "bias", "sinks", "gate")
+_STRIDED = ("q", "k", "v", "out", "dq", "dk", "dv", "bias", "dbias")
 
 
 class Problem(ctypes.Structure):
     """``Problem`` of flash.c."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("sequences", "kv_heads", "group", "dim", "value_dim", "left", "right", "chunks")),
-        *((name, ctypes.c_int64 * 2) for name in ("q_stride", "k_stride", "v_stride", "out_stride")),
-        ("bias_stride", ctypes.c_int64 * 3),
-        *((name, ctypes.c_int64) for name in ("bias_key", "lse_stride")),
+        *((name, ctypes.c_int64) for name in ("sequences", "kv_heads", "group", "dim", "value_dim", "left", "right", "chunks", "bias_key", "serial")),
+        *((f"{name}_stride", ctypes.c_int64 * 3) for name in _STRIDED),
+        ("lse_stride", ctypes.c_int64 * 2),
         ("scale", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("place", "q", "k", "v", "bias", "out", "lse")),
+        *((name, ctypes.c_void_p) for name in ("place", "q", "k", "v", "bias", "out", "lse", "delta", "dq", "dk", "dv", "dbias")),
     )
 
 
@@ -46,34 +45,64 @@ def serves(call: Call) -> bool:
     return plain and bias and call.q.dtype == torch.float32 and _library() is not None
 
 
+def differentiates(call: Call, gradients: dict[str, Tensor]) -> bool:
+    """Whether it gives these gradients too: that of a bias where every pair of query and key has a number of its own, a head at least."""
+    bias = "bias" not in gradients or (call.bias is not None and call.bias.shape[2:] == (call.q.shape[2], call.k.shape[2]))
+    return serves(call) and bias and all(name in _GIVEN for name in gradients)
+
+
 def forward(call: Call, out: Tensor, lse: Tensor) -> None:
     """Fill `out` and `lse`; 0 and -inf for rows that see no key."""
-    library = _library()
-    assert library is not None
     q = call.q if call.temperature is None else call.q / call.temperature[..., None]
-    k, v = call.k, call.v
+    problem, held = _problem(call, {"q": q, "k": call.k, "v": call.v, "out": out, "lse": lse})
+    threads, rows = torch.get_num_threads(), call.q.shape[2] if call.cu_queries is None else call.longest_query
+    items = max(1, problem.sequences * problem.kv_heads)
+    problem.chunks = max(1, min(-(-rows // _STRETCH), -(-2 * threads // items) if threads > 1 else 1))
+    _run("flash_forward", problem)
+    del held
+
+
+def backward(call: Call, dout: Tensor, delta: Tensor, lse: Tensor, gradients: dict[str, Tensor]) -> None:
+    """Fill the gradients of q, k and v; add that of the bias, if it is wanted, to what is there. `delta` as in `cpu_tiles.backward`."""
+    q = call.q if call.temperature is None else call.q / call.temperature[..., None]
+    tensors = {"q": q, "k": call.k, "v": call.v, "out": dout, "lse": lse.contiguous(), "delta": delta.contiguous()}
+    problem, held = _problem(call, tensors | {f"d{name}": gradients[name] for name in ("q", "k", "v", "bias") if name in gradients})
+    if "bias" in gradients:  # heads and batches that share a bias add to one gradient: one after the other
+        batch, heads = gradients["bias"].shape[:2]
+        problem.serial = (batch == 1) | (heads == 1) << 1
+    _run("flash_backward", problem)
+    if call.temperature is not None:
+        gradients["q"].div_(call.temperature[..., None])
+    del held
+
+
+def _problem(call: Call, tensors: dict[str, Tensor]) -> tuple[Problem, list[Tensor]]:
+    """Sizes, strides and pointers, and the tensors that must outlive the call."""
+    q, k, v = (tensors[name] for name in "qkv")
     if call.cu_queries is None or call.cu_keys is None:
-        batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
-        steps = torch.tensor([*(t.stride(0) for t in (q, k, v, out, lse)), 0, 0])
-        place = torch.arange(batch)[:, None] * steps + torch.tensor([0, 0, 0, 0, 0, queries, keys])
+        place = torch.tensor([0, 0, 0, q.shape[2], k.shape[2]]).repeat(q.shape[0], 1)
+        place[:, 0] = torch.arange(q.shape[0])
     else:
         rows, seen = (_bounds(cu, total) for cu, total in ((call.cu_queries, q.shape[2]), (call.cu_keys, k.shape[2])))
-        batch, queries = rows.shape[0] - 1, call.longest_query
-        steps = torch.tensor([t.stride(2) for t in (q, k, v, out, lse)])
-        starts = torch.stack([rows[:-1], seen[:-1], seen[:-1], rows[:-1], rows[:-1]], 1)
-        place = torch.cat([starts * steps, rows.diff()[:, None], seen.diff()[:, None]], 1)
-    threads, kv_heads = torch.get_num_threads(), k.shape[1]
-    chunks = max(1, min(-(-queries // _STRETCH), -(-2 * threads // max(1, batch * kv_heads)) if threads > 1 else 1))
-    problem = Problem(batch, kv_heads, call.group, q.shape[3], v.shape[3], call.left, call.right, chunks)
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
-        setattr(problem, f"{name}_stride", (tensor.stride(1), tensor.stride(2)))
+        place = torch.stack([torch.zeros_like(rows[:-1]), rows[:-1], seen[:-1], rows.diff(), seen.diff()], 1)
+    place = place.contiguous()
+    problem = Problem(place.shape[0], k.shape[1], call.group, q.shape[3], v.shape[3], call.left, call.right, 1)
+    problem.scale, problem.lse_stride = call.scale, (tensors["lse"].stride(0), tensors["lse"].stride(1))
     if call.bias is not None:
-        step = [stride if size > 1 else 0 for stride, size in zip(call.bias.stride(), call.bias.shape, strict=True)]
-        problem.bias_stride, problem.bias_key, problem.bias = tuple(step[:3]), step[3], call.bias.data_ptr()
-    problem.lse_stride, problem.scale = lse.stride(1), call.scale
-    for name, tensor in (("place", place), ("q", q), ("k", k), ("v", v), ("out", out), ("lse", lse)):
+        tensors = {**tensors, "bias": call.bias}
+        problem.bias_key = int(call.bias.shape[3] > 1 and call.bias.stride(3) == 1)
+    for name, tensor in (*tensors.items(), ("place", place)):
         setattr(problem, name, tensor.data_ptr())
-    if library.flash_forward(ctypes.byref(problem), threads) != 0:
+        if name in _STRIDED:
+            steps = [step if size > 1 else 0 for step, size in zip(tensor.stride(), tensor.shape, strict=True)]
+            setattr(problem, f"{name}_stride", tuple(steps[:3]))
+    return problem, [*tensors.values(), place]
+
+
+def _run(name: str, problem: Problem) -> None:
+    library = _library()
+    assert library is not None
+    if getattr(library, name)(ctypes.byref(problem), torch.get_num_threads()) != 0:
         raise MemoryError("attention: no memory for the rows of a thread")
 
 
