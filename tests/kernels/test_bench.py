@@ -64,7 +64,7 @@ def test_bench_runs_each_comparison_in_a_process_of_its_own_and_writes_json_and_
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a copy of the process is made by fork")
-def test_a_comparison_that_fails_is_named_and_the_others_processes_are_not_touched() -> None:
+def test_a_comparison_whose_process_dies_is_named() -> None:
     def broken() -> bench.Contestants:
         os._exit(3)
 
