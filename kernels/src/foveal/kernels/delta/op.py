@@ -232,7 +232,7 @@ def titans_step(
     q, k, v = _cast(q, k, v, normalize_qk)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     with torch.autocast(q.device.type, enabled=False):
-        out, state = titans_reference(q, k, v, *rates.values(), state, scale)
+        out, state = titans_reference(q, k, v, rates["theta"], rates["alpha"], rates["eta"], state, scale)
     return out[:, :, 0], state
 
 
@@ -429,8 +429,8 @@ def _differentiate_twice(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
     """The gradient of the gradient, through the chunked torch form. The errors are functions of the inputs there."""
     dout, dfinal_state, *inputs = ctx.saved_tensors
 
-    def definition(*tensors: Any) -> tuple[Tensor, Tensor]:
-        return chunked.gated_delta_rule(*tensors, ctx.scale, 16)
+    def definition(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return chunked.gated_delta_rule(q, k, v, beta, g, initial_state, ctx.scale, 16)
 
     gradients = differentiate_twice(definition, (dout, dfinal_state), inputs, second)
     return (*gradients[:2], None, *gradients[2:], None, None)
