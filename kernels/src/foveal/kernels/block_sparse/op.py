@@ -256,11 +256,11 @@ def _remember_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _differentiate_twice(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
     """The gradient of the gradient, through the definition: it holds (query, key) arrays."""
-    dout, dlse, q, k, v, bias, *index = ctx.saved_tensors
+    dout, dlse, q, k, v, bias, row_start, columns, tile, tiles = ctx.saved_tensors
     left, right, scale = ctx.options
 
     def definition(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        return block_sparse_reference(q, k, v, bias, *index, left, right, scale)
+        return block_sparse_reference(q, k, v, bias, row_start, columns, tile, tiles, left, right, scale)
 
     return (*differentiate_twice(definition, (dout, dlse), (q, k, v, bias), second), *(None,) * 14)
 

@@ -224,8 +224,10 @@ def _differentiate_twice(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
     """The gradient of the gradient, through the definition: all triples. Output and log-sum-exp are functions of the inputs there."""
     dout, dlse, *inputs, mask1, mask2 = ctx.saved_tensors
 
-    def definition(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return kronecker_attention_reference(*tensors, mask1, mask2, *ctx.options)
+    causal, scale = ctx.options
+
+    def definition(q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor) -> tuple[Tensor, Tensor]:
+        return kronecker_attention_reference(q, k1, k2, v1, v2, mask1, mask2, causal, scale)
 
     gradients = differentiate_twice(definition, (dout, dlse), inputs, second)
     return (*gradients[:2], None, None, *gradients[2:], None, None, None, None, None)

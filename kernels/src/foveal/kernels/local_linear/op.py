@@ -200,8 +200,8 @@ def _differentiate_twice(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
     """The gradient of the gradient, through the definition: it holds (query, key, dim) and (query, dim, dim) arrays."""
     dout, *inputs = ctx.saved_tensors
 
-    def definition(*tensors: Tensor) -> tuple[Tensor]:
-        return (local_linear_attention_reference(*tensors, *ctx.options),)
+    def definition(q: Tensor, k: Tensor, v: Tensor, ridge: Tensor) -> tuple[Tensor]:
+        return (local_linear_attention_reference(q, k, v, ridge, *ctx.options),)
 
     found = differentiate_twice(definition, (dout,), inputs, second)
     return (found[0], None, *found[1:], None, None, None, None, None)
