@@ -115,7 +115,11 @@ def test_a_checkpoint_is_converted_and_comes_back_with_every_key(soobinseo_state
 
 @pytest.mark.parametrize(
     ("keywords", "message"),
-    [({"layout": "tacotron"}, "espnet, soobinseo"), ({"layout": "soobinseo", "adim": 3}, "adim"), ({"layout": "soobinseo", "outputs_per_step": 2}, "one frame")],
+    [
+        ({"layout": "tacotron"}, "espnet, soobinseo"),
+        ({"layout": "soobinseo", "adim": 3}, "adim"),
+        ({"layout": "soobinseo", "outputs_per_step": 2}, "one frame"),
+    ],
 )
 def test_a_layout_or_a_keyword_that_is_not_there_is_named(soobinseo_state, keywords, message):
     with pytest.raises(UserError, match=message):
