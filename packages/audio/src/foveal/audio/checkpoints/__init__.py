@@ -14,7 +14,6 @@ from foveal.core.errors import UserError
 from foveal.core.official import Conversion, read_official, state_dict_of
 from foveal.core.systems import PublishedSystems, System
 
-
 _LAYOUTS = {"espnet": transformer_tts.SPEECH, "soobinseo": transformer_tts.CONCATENATING}
 
 
