@@ -167,5 +167,5 @@ def test_the_bundled_voice_speaks_through_the_bundled_vocos():
     speech = Speaker.from_pretrained(device="cpu", vocoder="vocos")("Thank you.")
     assert not speech.warnings
     assert 0.3 < len(speech.waveform) / speech.sample_rate < 3
-    assert 0.02 < float((speech.waveform**2).mean() ** 0.5)
+    assert float((speech.waveform**2).mean() ** 0.5) > 0.02
     assert abs(speech.waveform).max() < 1
