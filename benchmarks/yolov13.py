@@ -138,6 +138,8 @@ def trained(scale: str) -> YOLOv13:
             value.normal_(0, value[0].numel() ** -0.5, generator=generator)
         elif name.endswith("gate"):
             value.fill_(0.5)
+        elif name.startswith("head.score") and name.endswith("bias"):
+            value.zero_()  # scores about a half: near zero ONNX Runtime's sigmoid is right to 1e-7, not to seven digits
         elif name.endswith("running_var"):
             value.uniform_(0.8, 1.2, generator=generator)
     return model

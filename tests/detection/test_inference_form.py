@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from foveal.core.checkpoint import save_weights
 from foveal.detection import YOLOv13, YOLOv13Config, load_official
+from foveal.detection.checkpoints import model_from_weights
+from foveal.detection.checkpoints.compact import compact
 from foveal.detection.models.blocks import BatchNorm
 from foveal.detection.models.inference import FoldedHyperedges, inference_form
 from foveal.kernels.nn import HyperedgeAttention
@@ -34,6 +38,20 @@ def test_folding_leaves_the_network_as_it_was(golden: Any) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     inference_form(model)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_weights_without_statistics_answer_the_same_and_are_below_five_megabytes(golden: Any, tmp_path: Path) -> None:
+    reference = golden("yolov13_n")
+    model = load_official("yolov13", reference.state(reference.about["state_dict"]))
+    assert isinstance(model, YOLOv13)
+    state, image = compact(model), torch.rand(1, 3, 64, 64)
+    save_weights(tmp_path / "single.safetensors", state, system="yolov13", config=model.config)
+    with torch.no_grad():
+        expected, actual = model(image), model_from_weights(tmp_path / "single.safetensors")(image)
+    for mine, theirs in zip(actual.maps, expected.maps, strict=True):
+        assert float((mine - theirs).norm() / theirs.norm()) < 1e-5
+    save_weights(tmp_path / "half.safetensors", state, system="yolov13", config=model.config, dtype=torch.float16)
+    assert (tmp_path / "half.safetensors").stat().st_size < 5_000_000
 
 
 @pytest.mark.parametrize("context", ["both", "mean", "max"])

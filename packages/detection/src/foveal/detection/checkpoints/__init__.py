@@ -10,13 +10,33 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from foveal.core.checkpoint import save_weights
+from foveal.core.checkpoint import load_weights, save_weights
+from foveal.core.errors import UserError
 from foveal.core.official import Conversion
 from foveal.core.systems import PublishedSystems, System
 from foveal.detection.checkpoints import sdanet, yolov13
+from foveal.detection.checkpoints.compact import completed
 from foveal.detection.checkpoints.released import Released, read_released
+from foveal.detection.models.yolov13 import YOLOv13, YOLOv13Config
 
-_PUBLISHED = PublishedSystems("detection", yolov13.YOLOV13, sdanet.SDANET, sdanet.SDANET_NECK)
+
+class _Systems(PublishedSystems):
+    """Files of ours may leave out the statistics of batch norms, as `foveal.detection.checkpoints.compact` writes them."""
+
+    def from_weights(self, path: str | Path, system: str) -> nn.Module:
+        if system != "yolov13":
+            return super().from_weights(path, system)
+        weights = load_weights(path, system)
+        try:
+            model = YOLOv13(YOLOv13Config(**weights.config))
+            model.load_state_dict(completed(model, weights.state))
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"expected weights of {system} that fit the config in their header; those in {path} do not: {reason}") from None
+        return model.eval()
+
+
+_PUBLISHED = _Systems("detection", yolov13.YOLOV13, sdanet.SDANET, sdanet.SDANET_NECK)
 
 
 def systems() -> tuple[System, ...]:

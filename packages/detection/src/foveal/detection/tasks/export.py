@@ -16,6 +16,7 @@ import yaml
 from foveal.core.checkpoint import save_weights
 from foveal.core.errors import UserError
 from foveal.core.run_folder import run_of
+from foveal.detection.checkpoints.compact import compact
 from foveal.detection.data.labels import read_labels
 from foveal.detection.models.yolov13 import YOLOv13, YOLOv13Config
 
@@ -41,9 +42,10 @@ def export(checkpoint: str | Path, target: str | Path, card: str | None = None, 
     labels = read_labels(data["source"] or data["train"], data["train"], images=data.get("images"), names=data.get("names"))
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
     state = {key.removeprefix("network."): value for key, value in saved["state_dict"].items() if key.startswith("network.")}
-    YOLOv13(config).load_state_dict(state)
+    network = YOLOv13(config)
+    network.load_state_dict(state)
     metadata = {"names": json.dumps(labels.names), "image_size": str(data["image_size"]), "steps": str(saved["global_step"])}
-    return save_weights(target, state, system="yolov13", config=config, card=card, dtype=dtype, metadata=metadata)
+    return save_weights(target, compact(network), system="yolov13", config=config, card=card, dtype=dtype, metadata=metadata)
 
 
 if __name__ == "__main__":
