@@ -46,6 +46,7 @@ class TokenizerConfig:
         commitment: weight of the commitment term.
         dropout: behind every attention.
         revive_below: see `Codebook`.
+        decay: of the codebook's moving averages.
         in_channels: 1; the tokenizer reads channels one by one.
     """
 
@@ -64,6 +65,7 @@ class TokenizerConfig:
     commitment: float = 1.0
     dropout: float = 0.2
     revive_below: float = 0.1
+    decay: float = 0.99
     in_channels: int = 1
 
     def __post_init__(self) -> None:
@@ -171,7 +173,7 @@ class TFMTokenizer(nn.Module):
         self.join = GatedJoin(width, width // (2 * (config.bins // config.patch**2)), config.patch)
         self.sample_path = PointwisePath(config.window, width, width // 2)
         self.temporal_transformer = LinearAttentionStack(config.temporal_layers, width, *layers)
-        self.codebook = Codebook(config.codes, width, config.mode, revive_below=config.revive_below)
+        self.codebook = Codebook(config.codes, width, config.mode, config.decay, revive_below=config.revive_below)
         self.decoder_transformer = LinearAttentionStack(config.decoder_layers, width, *layers)
         self.decoder = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.bins))
 
@@ -237,8 +239,8 @@ class TFMTokenizer(nn.Module):
             else:
                 hidden = torch.ones_like(squared) if view is None else (~view).to(squared.dtype).expand_as(squared)
                 errors.append((squared * hidden).sum() / hidden.sum().clamp(min=1))
-                quantized = self.codebook.weight[output.codes].detach()
-                commitments.append(self.config.commitment * (output.quantizer_input - quantized).square().sum(-1).mean())
+                apart = output.quantizer_input - output.quantizer_output.detach()
+                commitments.append(self.config.commitment * apart.square().sum(-1).mean())
         reconstruction, commitment = torch.stack(errors), torch.stack(commitments)
         return TokenizerLosses(reconstruction.sum() + commitment.sum(), reconstruction, commitment)
 
