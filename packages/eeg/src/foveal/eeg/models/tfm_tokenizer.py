@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from foveal.eeg.models.codebook import Codebook
 from foveal.eeg.models.linear_attention import LinearAttentionStack
+from foveal.eeg.models.pointwise import group_norm, linear_gelu
 
-#: Frames that go through the frequency path together when no gradient is wanted: 20 patches of 64 numbers each fit the cache of a core.
-_CHUNK = 64
+#: Frames that go through the frequency path together when no gradient is wanted: enough that calls cost little, few enough for the cache.
+_CHUNK = 192
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,7 @@ class PointwisePath(nn.Module):
     def forward(self, x: Float[Tensor, "batch positions inputs"]) -> Float[Tensor, "batch positions outputs"]:
         """Features of every position."""
         for linear, norm in zip(self.linears, self.norms, strict=True):
-            x = nn.functional.gelu(linear(x))
-            x = norm(x.transpose(1, 2)).transpose(1, 2)
+            x = group_norm(linear_gelu(x, linear), norm)
         return x
 
 
