@@ -2,10 +2,11 @@
 
 uv run --with pyriemann --with braindecode python benchmarks/eeg_tokens.py FIXED.safetensors OFFICIAL.safetensors [--scp ROOT] [--n170 ROOT]
 
-Both tokenizers have had the same data, size and number of views (configs/eeg/tfm_tokenizer_small*.yaml). SelfRegulationSCP1 keeps its published split:
-the test trials are of a later session. Of N170 every person is left out once, and the balanced accuracies are averaged. The classifiers of tokens are a
-logistic regression on the code vectors at each place, and TFMEncoder, three seeds. Baselines: log band power with logistic regression; covariances
-in tangent space with logistic regression (pyriemann; with Xdawn for N170's evoked waves); ShallowFBCSPNet (braindecode).
+Both tokenizers have had the same data, size and number of views (configs/eeg/tfm_tokenizer_small*.yaml). SelfRegulationSCP1 keeps its
+published split: the test trials are of a later session. Of N170 every person is left out once, and the balanced accuracies are averaged. The
+classifiers of tokens are a logistic regression on the code vectors at each place, and TFMEncoder, three seeds. Baselines: log band power with
+logistic regression; covariances in tangent space with logistic regression (pyriemann; with Xdawn for N170's evoked waves); ShallowFBCSPNet
+(braindecode).
 No choice looks at test trials. Writes benchmarks/results/eeg_tokens.json and prints the table. A baseline whose library is absent is left out, and said.
 """
 

@@ -21,14 +21,14 @@ def _onednn() -> bool:
 
 
 def linear_gelu(x: Float[Tensor, "*batch inputs"], linear: nn.Linear) -> Float[Tensor, "*batch outputs"]:
-    """gelu(linear(x))."""
+    """GELU of linear(x), the exact one."""
     if _fusable(x, linear):
         return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "gelu", [], "none")
     return nn.functional.gelu(linear(x))
 
 
 def linear_add(x: Float[Tensor, "*batch inputs"], linear: nn.Linear, residual: Float[Tensor, "*batch outputs"]) -> Float[Tensor, "*batch outputs"]:
-    """residual + linear(x)."""
+    """Of a residual and linear(x) the sum."""
     if _fusable(x, linear):
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, linear.weight, linear.bias, "add")
     return residual + linear(x)
