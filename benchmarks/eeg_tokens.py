@@ -2,12 +2,13 @@
 
 uv run --with pyriemann --with braindecode python benchmarks/eeg_tokens.py FIXED.safetensors OFFICIAL.safetensors [--scp ROOT] [--n170 ROOT]
 
-Both tokenizers have had the same data, size and number of views (configs/eeg/tfm_tokenizer_small*.yaml). SelfRegulationSCP1 keeps its
-published split: the test trials are of a later session. Of N170 every person is left out once, and the balanced accuracies are averaged. The
-classifiers of tokens are a logistic regression on the code vectors at each place, and TFMEncoder, three seeds. Baselines: log band power with
-logistic regression; covariances in tangent space with logistic regression (pyriemann; with Xdawn for N170's evoked waves); ShallowFBCSPNet
-(braindecode).
-No choice looks at test trials. Writes benchmarks/results/eeg_tokens.json and prints the table. A baseline whose library is absent is left out, and said.
+Both tokenizers have had the same data, size and number of views (configs/eeg/tfm_tokenizer_small*.yaml). SelfRegulationSCP1 keeps
+its published split: the test trials are of a later session. Of N170 every person is left out once, and the figures are averaged. The
+classifiers of tokens are a logistic regression on the code vectors at each place, and TFMEncoder. Baselines: log band power with
+logistic regression; covariances in tangent space with logistic regression (pyriemann; with Xdawn for N170's evoked waves);
+ShallowFBCSPNet (braindecode).
+No choice looks at test trials. Writes benchmarks/results/eeg_tokens.json and prints the table. A baseline whose library is absent is left
+out, and said.
 """
 
 from __future__ import annotations
@@ -161,6 +162,7 @@ def main() -> None:
     parser.add_argument("--n170", default="../shared/data/eeg/n170")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "eeg_tokens.json")
+    parser.add_argument("--only", default="", help="rows whose name holds this; the others keep what the file has")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -170,6 +172,8 @@ def main() -> None:
     rows: list[dict] = []
 
     def add(name: str, make: Callable[[str, int], Method], seeds: int = 1) -> None:
+        if arguments.only not in name:
+            return
         row: dict = {"method": name}
         for data, parts in found.items():
             try:
@@ -192,6 +196,8 @@ def main() -> None:
     add("riemannian tangent space + logistic regression (pyriemann)", lambda data, seed: riemannian(data == "N170"))
     add("ShallowFBCSPNet (braindecode)", lambda data, seed: shallow(seed))
     sizes = {data: {"folds": len(parts), "test": int(sum(len(part[3]) for part in parts))} for data, parts in found.items()}
+    if arguments.only and arguments.output.exists():
+        rows = [row for row in json.loads(arguments.output.read_text())["rows"] if row["method"] not in {new["method"] for new in rows}] + rows
     arguments.output.write_text(json.dumps({"sets": sizes, "codebook use on SCP1's test trials": use, "rows": rows}, indent=1) + "\n")
 
 

@@ -54,8 +54,10 @@ def test_windows_of_a_class_with_ids_of_its_own_are_each_others_neighbours():
 
 def test_the_spectrum_of_an_id_has_the_peak_that_its_decoder_gives_it(tiny_tokenizer, monkeypatch):
     model = tiny_tokenizer.model
-    spectrum = torch.zeros(2, model.config.bins, 1)
-    spectrum[0, 10], spectrum[1, 20] = 5.0, 5.0
+    spectrum = torch.zeros(model.config.codes, model.config.bins, 1)
+    spectrum[:, 3] = 6.0  # what all have does not stand out
+    spectrum[3, :, 0], spectrum[7, :, 0] = 0, 0
+    spectrum[3, 10], spectrum[7, 20] = 5.0, 5.0
     monkeypatch.setattr(type(model), "decode", lambda self, vectors: spectrum)
     table = frequency_content(model, np.array([3, 7]))
     assert table["peak_hz"].tolist() == [10.0, 20.0]
