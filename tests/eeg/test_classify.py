@@ -28,8 +28,8 @@ def weights(tmp_path, tiny_weights):
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "tokens.safetensors").write_bytes(tiny_weights.read_bytes())
 
-    def make(classes: int = 2, **header: str):
-        model = network(classes)
+    def make(logits: int = 2, **header: str):
+        model = network(logits)
         given = {"classes": "left|right", "tokenizer": "tokens.safetensors", "window_seconds": "3.0", **header}
         return save_weights(tmp_path / "w" / "c.safetensors", model.state_dict(), system="tfm_encoder", config=model.config, metadata=given)
 
