@@ -46,6 +46,8 @@ def test_coherence_and_transfer_equal_scipys(known):
     np.testing.assert_allclose(found.coherence[0], expected[frequency <= 60], atol=1e-9)
     transfer = signal.csd(x, eeg[0], **options)[1] / signal.welch(x, **options)[1]
     np.testing.assert_allclose(found.transfer[0][1:], transfer[frequency <= 60][1:], rtol=1e-9)
+    cross = signal.csd(eeg[0], eeg[1], **options)[1]
+    np.testing.assert_allclose(found.cross[0][1:], cross[frequency <= 60][1:], rtol=1e-9)
 
 
 def test_unrelated_signals_are_rarely_significant():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import mne
 import numpy as np
@@ -68,6 +69,20 @@ def test_windows_of_a_long_recording_do_not_depend_on_the_blocks_it_is_read_in(m
     assert len(parts) > len(whole)
     np.testing.assert_array_equal(np.concatenate([part.starts for part in parts]), whole[0].starts)
     np.testing.assert_allclose(np.concatenate([part.signal for part in parts]), whole[0].signal, atol=1e-4)
+
+
+def test_memory_does_not_grow_with_the_length_of_a_recording(tmp_path, make_raw, write_edf, monkeypatch):
+    monkeypatch.setattr("foveal.eeg.streaming._BLOCK_SAMPLES", 40_000)
+    peaks = []
+    for minutes in (6, 24):
+        raw = open_recording(write_edf(tmp_path / f"{minutes}.edf", make_raw(60.0 * minutes, 64.0)))
+        recording = WindowedRecording(raw, Preparation(window=3.0, band=(0.5, 30.0), notch=0))
+        tracemalloc.start()
+        count = sum(len(block.starts) for block in recording)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert count == 20 * minutes
+    assert peaks[1] < 1.2 * peaks[0]
 
 
 def test_mains_hum_is_found_and_taken_out(make_raw):

@@ -104,17 +104,18 @@ def consistency(
 def frequency_content(tokenizer: TFMTokenizer, tokens: Int[ndarray, " tokens"]) -> pd.DataFrame:
     """What spectrum the decoder gives each id standing alone: its peak in Hz, its centroid, and the share of power of each clinical band.
 
-    The peak is that of magnitude times frequency, because the spectrum of every EEG falls with frequency.
+    The peak is where its magnitude stands out most from the mean of all codes, because the spectrum of every EEG falls with frequency.
     """
-    vectors = tokenizer.vectors(torch.as_tensor(np.asarray(tokens)))[:, None]
-    spectrum = tokenizer.decode(vectors.float())[:, :, 0].clamp(min=0).double()
-    magnitude = (spectrum.expm1() if tokenizer.config.mode == "fixed" else spectrum).cpu().numpy()
+    every = tokenizer.decode(tokenizer.codebook.weight[:, None].float())[:, :, 0].clamp(min=0).double()
+    magnitude = (every.expm1() if tokenizer.config.mode == "fixed" else every).cpu().numpy()
+    usual = magnitude.mean(0)
+    magnitude = magnitude[np.asarray(tokens)]
     frequency = np.arange(magnitude.shape[1]) * tokenizer.config.sample_rate / tokenizer.config.window
     power = magnitude**2
     total = np.maximum(power[:, frequency >= 0.5].sum(1), 1e-12)
     table = {
         "token": np.asarray(tokens),
-        "peak_hz": frequency[(magnitude * frequency).argmax(1)],
+        "peak_hz": frequency[(magnitude / (usual + 0.05 * usual.max())).argmax(1)],
         "centroid_hz": (power * frequency).sum(1) / np.maximum(power.sum(1), 1e-12),
     }
     for band, (low, high) in BANDS.items():

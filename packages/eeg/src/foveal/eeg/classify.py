@@ -69,7 +69,9 @@ class Classifier:
         made.preparation = preparation_of(path)
         return cls(made, model, header["classes"].split("|"), header.get("kind", "single_label"))
 
-    def __call__(self, raw: mne.io.BaseRaw, preparation: Preparation | None = None, progress: Callable[[float], None] | None = None) -> pd.DataFrame:
+    def __call__(
+        self, raw: mne.io.BaseRaw, preparation: Preparation | None = None, progress: Callable[[float, float], None] | None = None
+    ) -> pd.DataFrame:
         """One row a window: onset, duration (seconds), trial_type, probability, and ``p_<class>`` of each class.
 
         Windows in which every channel is flat or missing have trial_type ``n/a``. Of multi-label classifiers trial_type names all classes above
@@ -156,7 +158,7 @@ def classify_command(
     report = BatchReport()
     suffixes = ("_windows.csv", "_events.tsv", "_annotations.edf", "_classes.png")
 
-    def work(path: Path, stem: str, entry: Entry, progress: Callable[[float], None]) -> None:
+    def work(path: Path, stem: str, entry: Entry, progress: Callable[[float, float], None]) -> None:
         raw, began = open_recording(path), time.perf_counter()
         table = classifier(raw, preparation, progress)
         runs = event_files.merge_runs(table[table["trial_type"] != "n/a"][["onset", "duration", "trial_type", "probability"]])

@@ -49,7 +49,7 @@ class FollowingResponse:
         transfer: H, complex, EEG units a unit of envelope.
         coherence: C, 0 to 1.
         coherence_p: p values corrected for all channels and frequencies.
-        cross: cross-spectral density of every pair of channels, complex, (pairs, frequency).
+        cross: one-sided cross-spectral density of every pair of channels, complex, (pairs, frequency), in the square of the EEG's unit per Hz.
         pairs: names of the pairs.
         imaginary: imaginary part of the coherency of every pair: what volume conduction cannot make.
         lags: seconds; positive where the EEG comes after the envelope.
@@ -170,11 +170,12 @@ def following_response(
     coherence_p = _exceeded(coherence, np.concatenate([coherent(one)[2] for one in moved], axis=-1))
     correlation_p = _exceeded(np.abs(correlation), np.concatenate([np.abs(correlated(one)) for one in moved], axis=-1))
     pairs = [(a, b) for a in range(len(channels)) for b in range(a + 1, len(channels))]
+    density = 2 / (rate * np.square(window).sum())  # one-sided
     between = np.array([np.mean(np.conj(seen[a]) * seen[b], axis=0) for a, b in pairs]).reshape(len(pairs), shown.sum())
     geometric = np.array([np.sqrt(power[a] * power[b]) for a, b in pairs]).reshape(len(pairs), shown.sum())
     return FollowingResponse(
         tuple(channels), frequency[shown], cross / np.maximum(own, 1e-300), coherence, false_discovery_rate(coherence_p),
-        between, [f"{channels[a]}-{channels[b]}" for a, b in pairs], between.imag / np.maximum(geometric, 1e-300), lags / rate, correlation,
+        density * between, [f"{channels[a]}-{channels[b]}" for a, b in pairs], between.imag / np.maximum(geometric, 1e-300), lags / rate, correlation,
         false_discovery_rate(correlation_p), length / rate,
     )  # fmt: skip
 
@@ -198,7 +199,7 @@ def false_discovery_rate(p: Float[ndarray, "..."]) -> Float[ndarray, "..."]:
 
 
 def draw_response(found: FollowingResponse, title: str = "") -> Figure:
-    """Gain, coherence with its significant part, lagged correlation, and the cross-spectra between channels."""
+    """Gain, coherence with its significant part, lagged correlation, and the cross-spectra between channels, of EEG in microvolt."""
     figure = Figure(figsize=(12, 7), layout="constrained")
     (gain, coherence), (lagged, cross) = figure.subplots(2, 2)
     shown: Bool[ndarray, " frequency"] = found.frequency >= 1
@@ -215,8 +216,8 @@ def draw_response(found: FollowingResponse, title: str = "") -> Figure:
     for p, name in enumerate(found.pairs[:10]):
         cross.semilogy(at, np.abs(found.cross[p])[shown], lw=1, color=f"C{p % 10}", label=name)
     for axes, what, unit in (
-        (gain, "Transfer function", "Gain"), (coherence, "Coherence with the envelope (dots: p < 0.05)", "Coherence"),
-        (lagged, "Lagged correlation (dots: p < 0.05)", "r"), (cross, "Between channels", "Cross-spectral density"),
+        (gain, "Transfer function", "Gain (µV per s.d. of the envelope)"), (coherence, "Coherence with the envelope (dots: p < 0.05)", "Coherence"),
+        (lagged, "Lagged correlation (dots: p < 0.05)", "r"), (cross, "Between channels", "Cross-spectral density (µV²/Hz)"),
     ):  # fmt: skip
         axes.set_title(what, loc="left", fontsize=10)
         axes.set_ylabel(unit)

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import mne
@@ -126,13 +125,13 @@ class Tokenizer:
         assert isinstance(model, TFMTokenizer)  # asked for by its system's name
         return cls(model, preparation_of(path), device)
 
-    def __call__(self, raw: mne.io.BaseRaw, preparation: Preparation | None = None, progress: Callable[[float], None] | None = None) -> Tokens:
+    def __call__(self, raw: mne.io.BaseRaw, preparation: Preparation | None = None, progress: Callable[[float, float], None] | None = None) -> Tokens:
         """The tokens of a recording, read block by block; memory does not grow with the samples, only with the tokens.
 
         Args:
             raw: need not be preloaded.
             preparation: None is the tokenizer's own.
-            progress: called with the seconds of every piece that is done.
+            progress: called with the seconds of every piece that is done, and with those of the whole.
 
         Raises:
             UserError: the recording cannot be cut or has no valid window; see `WindowedRecording`.
@@ -160,7 +159,7 @@ class Tokenizer:
                 starts[place] = block.starts[first : first + _BATCH]
                 done += len(signal)
                 if progress is not None:
-                    progress(len(signal) * recording.step / recording.rate)
+                    progress(len(signal) * recording.step / recording.rate, recording.count * recording.step / recording.rate)
         if (ids < 0).all():
             raise UserError("expected samples that vary; every channel is flat or missing in every window; check the channels and the units")
         notes = [
@@ -195,7 +194,7 @@ def _collect(examples: dict[int, list[ndarray]], ids: ndarray, signal: ndarray, 
 
 def batch(
     files: Sequence[Path], report: BatchReport, targets_of: Callable[[str], list[Path]], overwrite: bool,
-    work: Callable[[Path, str, Entry, Callable[[float], None]], None],
+    work: Callable[[Path, str, Entry, Callable[[float, float], None]], None],
 ) -> None:  # fmt: skip
     """Run `work(path, stem, entry, progress)` over recordings with a progress bar; one that fails does not stop the others."""
     inputs: list[Path] = []
@@ -216,7 +215,7 @@ def batch(
                 continue
             with report.item(path) as entry:
                 bar = bars.add_task(path.name, total=None)
-                work(path, stem, entry, partial(bars.advance, bar))
+                work(path, stem, entry, lambda seconds, whole, bar=bar: bars.update(bar, advance=seconds, total=whole))  # type: ignore[misc]
                 bars.remove_task(bar)
 
 
@@ -268,7 +267,7 @@ def tokenize_command(
     table = None if events is None else event_files.read_events(events)
     report = BatchReport()
 
-    def work(path: Path, stem: str, entry: Entry, progress: Callable[[float], None]) -> None:
+    def work(path: Path, stem: str, entry: Entry, progress: Callable[[float, float], None]) -> None:
         from foveal.eeg.report import draw_report, motif_table
 
         raw, began = open_recording(path), time.perf_counter()

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from numpy import ndarray
 
 from foveal.eeg.analysis import class_distinctiveness, codebook_use, frequency_content
@@ -46,11 +47,12 @@ def draw_report(tokens: Tokens, model: TFMTokenizer, motifs: pd.DataFrame, label
     figure = Figure(figsize=(12, 8.4), layout="constrained")
     grid = figure.add_gridspec(4, 1, height_ratios=(2.2, 1.5, 1.7, 2.1))
     top = figure.add_subplot(grid[0])
-    _spectrogram(top, tokens, channel, config.sample_rate / config.window)
+    picture = _spectrogram(top, tokens, channel, config.sample_rate / config.window)
     top.set_title(f"{title}  {tokens.channels[channel]}", loc="left", fontsize=10)
     strip = figure.add_subplot(grid[1], sharex=top)
     image = _strip(strip, tokens, centroid)
-    figure.colorbar(image, ax=[top, strip], pad=0.01, fraction=0.03).set_label("Centroid of the token (Hz)")
+    figure.colorbar(picture, ax=top, pad=0.01, fraction=0.03).set_label("log(1 + magnitude)" if config.mode == "fixed" else "Magnitude")
+    figure.colorbar(image, ax=strip, pad=0.01, fraction=0.03).set_label("Centroid (Hz)")
     top.tick_params(labelbottom=False)
     _frequencies(figure.add_subplot(grid[2]), tokens, config.codes)
     _motifs(figure, grid[3], tokens, motifs, centroid, config.sample_rate)
@@ -61,7 +63,7 @@ def _scale(tokens: Tokens) -> tuple[float, str]:
     return (3600.0, "h") if tokens.seconds > 7200 else (60.0, "min") if tokens.seconds > 300 else (1.0, "s")
 
 
-def _spectrogram(axes: Axes, tokens: Tokens, channel: int, resolution: float) -> None:
+def _spectrogram(axes: Axes, tokens: Tokens, channel: int, resolution: float) -> AxesImage:
     assert tokens.spectra is not None
     values: ndarray = tokens.spectra[:, channel].astype(np.float32)
     per_column = -(-len(values) // _COLUMNS)
@@ -70,12 +72,13 @@ def _spectrogram(axes: Axes, tokens: Tokens, channel: int, resolution: float) ->
     shown = values[:, : int(45 / resolution) + 1].T
     step = (tokens.starts[1] - tokens.starts[0]) if len(tokens.starts) > 1 else tokens.window
     extent = (tokens.starts[0] / unit, (tokens.starts[-1] + step) / unit, 0, shown.shape[0] * resolution)
-    axes.imshow(shown, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=np.quantile(shown, 0.02), vmax=np.quantile(shown, 0.98))
     axes.set_ylabel("Frequency (Hz)")
+    low, high = np.quantile(shown, 0.02), np.quantile(shown, 0.98)
+    return axes.imshow(shown, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=low, vmax=high)
 
 
-def _strip(axes: Axes, tokens: Tokens, centroid: ndarray):
-    """All channels' tokens over time, coloured by their centroid; the most frequent id of each column where there are many."""
+def _strip(axes: Axes, tokens: Tokens, centroid: ndarray) -> AxesImage:
+    """All channels' tokens over time, coloured by their centroid; of many frames that fall on one column, the first."""
     per_column = -(-len(tokens.starts) * tokens.ids.shape[2] // _COLUMNS)
     line = tokens.ids.transpose(1, 0, 2).reshape(len(tokens.channels), -1)[:, ::per_column]
     colours = np.where(line >= 0, centroid[np.maximum(line, 0)], np.nan)
@@ -90,7 +93,7 @@ def _strip(axes: Axes, tokens: Tokens, centroid: ndarray):
     shown = np.unique(np.linspace(0, len(tokens.channels) - 1, min(len(tokens.channels), 10)).astype(int))
     axes.set_yticks(shown, [tokens.channels[i] for i in shown], fontsize=7)
     axes.set_xlabel(f"Time ({name})")
-    axes.set_ylabel("Tokens")
+    axes.set_ylabel("Tokens of channels")
     return image
 
 
@@ -127,7 +130,7 @@ def _motifs(figure: Figure, place, tokens: Tokens, motifs: pd.DataFrame, centroi
         axes.set_xticks([0, 0.5, 1.0])
         axes.tick_params(labelsize=7)
         axes.spines[["left", "right", "top"]].set_visible(False)
-        said = f"{row.speaks_for}, z {row.z:.1f}" if "class" in motifs else f"{row.times} times"
+        said = f"for “{row.speaks_for}”, z {row.z:.1f}" if "class" in motifs else f"{row.times} times"
         axes.set_title(f"token {row.token}\n{said}\npeak {row.peak_hz:.0f} Hz", fontsize=8, color=_INK)
         if index == 0:
             axes.set_ylabel("Motifs", fontsize=9)

@@ -38,6 +38,9 @@ class Codebook(nn.Module):
         decay: of the averages.
         eps: added to every count before it divides.
         revive_below: in fixed mode, a code whose average count falls below this share of the mean one is born again.
+
+    Attributes:
+        quantizing: while false, training passes vectors as they are and the codebook has not begun: vectors that learn fast leave codes behind.
     """
 
     weight: Tensor
@@ -50,11 +53,14 @@ class Codebook(nn.Module):
         self.register_buffer("weight", torch.empty(codes, width).uniform_(-1 / codes, 1 / codes))
         self.register_buffer("counts", torch.zeros(codes))
         self.register_buffer("sums", self.weight.clone())
+        self.quantizing = True
         self._live: tuple[int, Tensor] | None = None
 
     def forward(self, vectors: Float[Tensor, "*batch width"], follow: bool = True) -> tuple[Float[Tensor, "*batch width"], Int[Tensor, "*batch"]]:
         """The nearest code of each vector, without gradient, and its index. In training the codebook then follows the vectors, if it is to."""
         flat = vectors.detach().flatten(0, -2)
+        if self.training and not self.quantizing:
+            return vectors.detach(), flat.new_zeros(vectors.shape[:-1], dtype=torch.long)
         if self.training and self.mode == "fixed" and not self.counts.any():
             self._start_from(flat)
         index = nearest_code(flat, self.weight.to(flat.dtype)) if self.training else self.lookup(flat)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from foveal.eeg.models.pointwise import linear_add, linear_gelu
 from foveal.kernels import efficient_attention
 
 
@@ -40,8 +41,9 @@ class LinearAttentionLayer(nn.Module):
     ) -> Float[Tensor, "batch length width"]:
         """Tokens in, tokens out; positions where `mask` is false are not attended to."""
         q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        x = x + self.dropout(self.project(efficient_attention(q, k, v, mask=mask, layout="bnhd").flatten(2)))
-        return x + self.contract(nn.functional.gelu(self.expand(self.feed_forward_norm(x))))
+        attended = efficient_attention(q, k, v, mask=mask, layout="bnhd").flatten(2)
+        x = x + self.dropout(self.project(attended)) if self.training else linear_add(attended, self.project, x)
+        return linear_add(linear_gelu(self.feed_forward_norm(x), self.expand), self.contract, x)
 
 
 class LinearAttentionStack(nn.Sequential):

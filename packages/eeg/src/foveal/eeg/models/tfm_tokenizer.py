@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from foveal.eeg.models.codebook import Codebook
 from foveal.eeg.models.linear_attention import LinearAttentionStack
+from foveal.eeg.models.pointwise import group_norm, linear_gelu
 
-#: Frames that go through the frequency path together when no gradient is wanted: 20 patches of 64 numbers each fit the cache of a core.
-_CHUNK = 64
+#: Frames that go through the frequency path together when no gradient is wanted: enough that calls cost little, few enough for the cache.
+_CHUNK = 192
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class TokenizerConfig:
         commitment: weight of the commitment term.
         dropout: behind every attention.
         revive_below: see `Codebook`.
+        decay: of the codebook's moving averages.
         in_channels: 1; the tokenizer reads channels one by one.
     """
 
@@ -64,6 +66,7 @@ class TokenizerConfig:
     commitment: float = 1.0
     dropout: float = 0.2
     revive_below: float = 0.1
+    decay: float = 0.99
     in_channels: int = 1
 
     def __post_init__(self) -> None:
@@ -133,8 +136,7 @@ class PointwisePath(nn.Module):
     def forward(self, x: Float[Tensor, "batch positions inputs"]) -> Float[Tensor, "batch positions outputs"]:
         """Features of every position."""
         for linear, norm in zip(self.linears, self.norms, strict=True):
-            x = nn.functional.gelu(linear(x))
-            x = norm(x.transpose(1, 2)).transpose(1, 2)
+            x = group_norm(linear_gelu(x, linear), norm)
         return x
 
 
@@ -171,7 +173,7 @@ class TFMTokenizer(nn.Module):
         self.join = GatedJoin(width, width // (2 * (config.bins // config.patch**2)), config.patch)
         self.sample_path = PointwisePath(config.window, width, width // 2)
         self.temporal_transformer = LinearAttentionStack(config.temporal_layers, width, *layers)
-        self.codebook = Codebook(config.codes, width, config.mode, revive_below=config.revive_below)
+        self.codebook = Codebook(config.codes, width, config.mode, config.decay, revive_below=config.revive_below)
         self.decoder_transformer = LinearAttentionStack(config.decoder_layers, width, *layers)
         self.decoder = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.bins))
 
@@ -237,8 +239,8 @@ class TFMTokenizer(nn.Module):
             else:
                 hidden = torch.ones_like(squared) if view is None else (~view).to(squared.dtype).expand_as(squared)
                 errors.append((squared * hidden).sum() / hidden.sum().clamp(min=1))
-                quantized = self.codebook.weight[output.codes].detach()
-                commitments.append(self.config.commitment * (output.quantizer_input - quantized).square().sum(-1).mean())
+                apart = output.quantizer_input - output.quantizer_output.detach()
+                commitments.append(self.config.commitment * apart.square().sum(-1).mean())
         reconstruction, commitment = torch.stack(errors), torch.stack(commitments)
         return TokenizerLosses(reconstruction.sum() + commitment.sum(), reconstruction, commitment)
 

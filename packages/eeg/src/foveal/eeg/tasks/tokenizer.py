@@ -32,6 +32,9 @@ class TokenizerTask(pl.LightningModule):
         warmup: share of all steps.
         weight_decay: of AdamW.
         betas: of AdamW.
+        quantize_from: share of all steps after which vectors go through the codebook; until then they pass as they are. The released recipe has 0.
+            A codebook is an average over many steps: it follows features that change slowly, once the learning rate has come down.
+        settle: share of all steps, at the end, with `final_learning_rate`: the features stand almost still, and the codes find their places.
     """
 
     def __init__(
@@ -42,11 +45,13 @@ class TokenizerTask(pl.LightningModule):
         warmup: float = 0.1,
         weight_decay: float = 1e-5,
         betas: tuple[float, float] = (0.9, 0.99),
+        quantize_from: float = 0.0,
+        settle: float = 0.0,
     ) -> None:
         super().__init__()
         self.network = network
         self.learning_rate, self.final_learning_rate, self.warmup = learning_rate, final_learning_rate, warmup
-        self.weight_decay, self.betas = weight_decay, betas
+        self.weight_decay, self.betas, self.quantize_from, self.settle = weight_decay, betas, quantize_from, settle
         self.register_buffer("used", torch.zeros(network.config.codes), persistent=False)
         self.used: Tensor
 
@@ -57,6 +62,7 @@ class TokenizerTask(pl.LightningModule):
     def training_step(self, batch: Window, index: int) -> Tensor:
         """Both masked views of all channels that are there."""
         signal = batch.signal[batch.present]
+        self.network.codebook.quantizing = self.global_step >= self.quantize_from * self.trainer.estimated_stepping_batches
         keep = self.network.draw_mask(len(signal), self.network.config.frames(signal.shape[-1]), signal.device)
         losses = self.network.losses(signal, keep)
         self.log("train/loss", losses.total, prog_bar=True, batch_size=len(signal))
@@ -104,4 +110,4 @@ class TokenizerTask(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW and the schedule, step by step."""
         optimizer = torch.optim.AdamW(self.network.parameters(), self.learning_rate, self.betas, weight_decay=self.weight_decay)
-        return cosine_steps(self, optimizer, self.final_learning_rate / self.learning_rate, self.warmup)
+        return cosine_steps(self, optimizer, self.final_learning_rate / self.learning_rate, self.warmup, self.settle)
