@@ -115,8 +115,8 @@ def test_activations_give_the_authors_output(golden, dtype, suffix, limit):
         return [reference.drawn(f"{name}_x", dtype), reference.drawn(f"{name}_scalars", dtype).flatten(1)]
 
     outs = {
-        "swiglu_s2_edge": equivariant.gated_sphere_product(*inputs("swiglu_s2_edge"), 3, 2, (10, 8)),
-        "swiglu_s2_node": equivariant.gated_sphere_product(*inputs("swiglu_s2_node"), 3, None, (10, 10)),
+        "swiglu_s2_edge": equivariant.gated_sphere_product(*inputs("swiglu_s2_edge"), 3, 2),
+        "swiglu_s2_node": equivariant.gated_sphere_product(*inputs("swiglu_s2_node"), 3, None),
         "gate_edge": equivariant.gated(*inputs("gate_edge"), 3, 2),
         "gate_node": equivariant.gated(*inputs("gate_node"), 3, None),
     }

@@ -93,14 +93,14 @@ def test_moving_and_reordering_atoms_changes_nothing_else(form):
 def test_a_network_without_enough_points_on_the_sphere_would_not_be_equivariant(monkeypatch):
     """The tests above have power: two latitudes fewer break them."""
     from foveal.graphs3d.models import equivariant
-    from foveal.graphs3d.models.sphere import sphere_grid
+    from foveal.graphs3d.models.sphere import product_grid, sphere_grid
 
     exact = sphere_grid(3, None, 10, 10)
     coarse = sphere_grid(3, None, 10, 10)[0].reshape(10, 10, 16)[::2].reshape(50, 16)
     back = torch.linalg.pinv(coarse)
     assert torch.allclose(back @ coarse, exact[1] @ exact[0], atol=1e-10)
     model, atoms, turn = network(), molecule(), rotation(0)
-    monkeypatch.setattr(equivariant, "sphere_grid", lambda lmax, mmax, *rest: (coarse, back) if mmax is None else sphere_grid(lmax, mmax, *rest))
+    monkeypatch.setattr(equivariant, "product_grid", lambda lmax, mmax, *rest: (coarse, back) if mmax is None else product_grid(lmax, mmax, *rest))
     before = model(*graph_of(atoms))
     atoms.positions = atoms.positions @ turn.numpy().T
     assert error(model(*graph_of(atoms)).energy, before.energy) > 1e-8

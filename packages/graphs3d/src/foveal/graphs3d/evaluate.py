@@ -10,55 +10,16 @@ from pathlib import Path
 import ase
 import ase.io
 import numpy as np
-from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from foveal.core.errors import UserError
 from foveal.core.files import atomic_write, collect_inputs, output_folder
 from foveal.core.reports import BatchReport
 from foveal.graphs3d.calculator import FovealCalculator
+from foveal.graphs3d.data.structures import SUFFIXES, UNITS, labels_of, read_structures, without_labels
 from foveal.graphs3d.plots import draw_parity
 
-#: Suffixes of files that are looked for in folders; a file that is named may be anything that ASE reads.
-SUFFIXES = (".xyz", ".extxyz", ".cif", ".traj", ".db", ".vasp", ".poscar")
-#: Property -> unit of its error; energy is an atom's.
-UNITS = {"energy": "eV/atom", "forces": "eV/A", "stress": "eV/A^3"}
-
 Pairs = dict[str, list[tuple[np.ndarray, np.ndarray]]]
-
-
-def labels_of(atoms: ase.Atoms) -> dict[str, np.ndarray]:
-    """Energy (eV), forces and stress that a file carries, under ASE's names or with the prefix ``REF_``."""
-    found: dict[str, np.ndarray] = {}
-    if atoms.calc is not None:
-        for name in UNITS:
-            try:
-                value = atoms.calc.get_property(name, atoms, allow_calculation=False)
-            except PropertyNotImplementedError:
-                continue
-            if value is not None:
-                found[name] = np.asarray(value, dtype=float)
-    if "REF_energy" in atoms.info:
-        found["energy"] = np.asarray(atoms.info["REF_energy"], dtype=float)
-    if "REF_forces" in atoms.arrays:
-        found["forces"] = np.asarray(atoms.arrays["REF_forces"], dtype=float)
-    return found
-
-
-def read_structures(path: Path) -> list[ase.Atoms]:
-    """All structures of a file of any format that ASE reads.
-
-    Raises:
-        UserError: the file cannot be read, or holds none.
-    """
-    try:
-        structures = ase.io.read(path, index=":")
-    except Exception as error:  # ASE's readers raise whatever their parser meets
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
-        raise UserError(f"expected structures in a format that ASE reads; {path} cannot be read: {reason}; check the file") from None
-    if not structures:
-        raise UserError(f"expected at least one structure in {path}; it is empty")
-    return list(structures)
 
 
 def predict(atoms: ase.Atoms, calculator: FovealCalculator) -> ase.Atoms:
@@ -67,10 +28,7 @@ def predict(atoms: ase.Atoms, calculator: FovealCalculator) -> ase.Atoms:
     Raises:
         UserError: as `FovealCalculator.calculate`.
     """
-    done = atoms.copy()
-    for stale in ("REF_forces", "REF_energy"):
-        done.arrays.pop(stale, None)
-        done.info.pop(stale, None)
+    done = without_labels(atoms)
     calculator.calculate(done)
     done.calc = SinglePointCalculator(done, **{name: calculator.results[name] for name in UNITS if name in calculator.results})
     return done

@@ -5,7 +5,8 @@ forces and stress are derivatives of the energy, so energy is conserved; in the 
 positions in A and the edges of a neighbour list; outputs are the network's own, before any scale or element references.
 
 Differs from the authors' code: edges close to the polar axis are differentiated too (``snap_axis`` gives theirs), the frame of an edge is not drawn
-at random, and the two linear maps on the grid of the feed-forward are folded into those before and after it, which is exact.
+at random; and, which is exact, the two linear maps on the grid of the feed-forward are folded into those before and after it, and the grids have
+the fewest points on which products are exact.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class EquiformerV3Config:
         ffn_hidden: channels of the feed-forward.
         edge_channels: width of radial functions.
         radial: Gaussians of the distance.
-        attention_grid: latitudes and longitudes.
-        ffn_grid: latitudes and longitudes.
+        attention_grid: latitudes and longitudes of the authors' grid; what is computed does not depend on it, as long as it is fine enough.
+        ffn_grid: the same.
         cutoff: A.
         max_neighbors: the nearest ones that a neighbour list keeps of each atom.
         max_elements: atomic numbers go below this.
@@ -273,7 +274,7 @@ class GraphAttention(nn.Module):
         message, extra = self.mix(pair)
         alpha, scalars = extra.split(self.split, 1)
         if self.sphere:
-            message = gated_sphere_product(message, scalars, config.lmax, config.mmax, config.attention_grid)
+            message = gated_sphere_product(message, scalars, config.lmax, config.mmax)
         else:
             message = gated(message, scalars, config.lmax, config.mmax)
         message, _ = self.value(message)
@@ -321,7 +322,7 @@ class FeedForward(nn.Module):
         """Each atom for itself."""
         config, scalar = self.config, x[:, 0]
         widened = linear_per_degree(x, self.before.weight @ self.expand.weight, self.before.weight @ self.expand.bias)
-        product = sphere_product(widened, config.lmax, None, config.ffn_grid) * torch.sigmoid(self.gate(scalar)).unsqueeze(1)
+        product = sphere_product(widened, config.lmax, None) * torch.sigmoid(self.gate(scalar)).unsqueeze(1)
         out = linear_per_degree(product, self.contract.weight @ self.after.weight, self.contract.bias)
         beside = nn.functional.linear(swiglu(self.scalar(scalar)), self.contract.weight[0])
         return torch.cat((out[:, :1] + beside.unsqueeze(1), out[:, 1:]), 1)

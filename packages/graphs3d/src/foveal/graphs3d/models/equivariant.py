@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveal.graphs3d.models.harmonics import degree_index
-from foveal.graphs3d.models.sphere import sphere_grid
+from foveal.graphs3d.models.sphere import product_grid
 
 
 class MergedLayerNorm(nn.Module):
@@ -140,21 +140,15 @@ def swiglu(x: Float[Tensor, "*batch twice"]) -> Float[Tensor, "*batch half"]:
     return F.silu(first) * second
 
 
-def sphere_product(
-    x: Float[Tensor, "items coefficients twice"], lmax: int, mmax: int | None, grid: tuple[int, int]
-) -> Float[Tensor, "items coefficients half"]:
+def sphere_product(x: Float[Tensor, "items coefficients twice"], lmax: int, mmax: int | None) -> Float[Tensor, "items coefficients half"]:
     """The two halves of the channels multiplied as functions on the sphere, up to degree lmax; exact, so equivariant."""
-    to_grid, from_grid = sphere_grid(lmax, mmax, *grid, x.dtype, x.device)
+    to_grid, from_grid = product_grid(lmax, mmax, x.dtype, x.device)
     first, second = torch.matmul(to_grid, x).chunk(2, -1)
     return torch.matmul(from_grid, first * second)
 
 
 def gated_sphere_product(
-    x: Float[Tensor, "items coefficients twice"],
-    scalars: Float[Tensor, "items thrice"],
-    lmax: int,
-    mmax: int | None,
-    grid: tuple[int, int],
+    x: Float[Tensor, "items coefficients twice"], scalars: Float[Tensor, "items thrice"], lmax: int, mmax: int | None
 ) -> Float[Tensor, "items coefficients half"]:
     """SwiGLU-S2: the product on the sphere, gated by invariants, plus the invariants' own SwiGLU on degree 0.
 
@@ -163,10 +157,9 @@ def gated_sphere_product(
         scalars: the input of the SwiGLU (two halves), then the gate.
         lmax: largest degree.
         mmax: largest order where `x` is m-major.
-        grid: latitudes and longitudes.
     """
     half = x.shape[2] // 2
-    product = sphere_product(x, lmax, mmax, grid) * torch.sigmoid(scalars[:, 2 * half :]).unsqueeze(1)
+    product = sphere_product(x, lmax, mmax) * torch.sigmoid(scalars[:, 2 * half :]).unsqueeze(1)
     return torch.cat((product[:, :1] + swiglu(scalars[:, : 2 * half]).unsqueeze(1), product[:, 1:]), 1)
 
 
