@@ -32,7 +32,7 @@ class EdgeBatches(DistributedSampler):
         self.start = 0
 
     def batches(self) -> list[list[tuple[int, int]]]:
-        """This process' batches of the epoch."""
+        """The epoch's batches of this process."""
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.edges)).tolist() if self.shuffle else range(len(self.edges))
         packed: list[list[tuple[int, int]]] = []
         room = 0.0
@@ -72,7 +72,7 @@ class EdgeBatchLoader(DataLoader):
     ) -> None:
         self._packing = EdgeBatches(edges, batch_size, max_edges, shuffle, seed)
         kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
-        super().__init__(SeededItems(dataset, seed), batch_sampler=self._packing, **kwargs)  # type: ignore[arg-type]
+        super().__init__(SeededItems(dataset, seed), batch_sampler=self._packing, **kwargs)
         # Lightning looks here for the sampler whose epoch it sets, and replaces one that does not share between processes.
         object.__setattr__(self, "sampler", self._packing)
         self._done = 0

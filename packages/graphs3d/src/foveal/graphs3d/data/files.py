@@ -1,6 +1,6 @@
 """Training data of one's own, or of OMat24, sAlex, MPtrj and OC20: files and folders of labelled structures.
 
-Labels are energy (eV), forces (eV/A) and stress (eV/A^3) under ASE's names or with the prefix ``REF_``; what a structure lacks is not learned from it.
+Labels are energy (eV), forces (eV/A) and stress (eV/A^3), under ASE's names or with the prefix ``REF_``; what a structure lacks is not learned.
 The published sets, each a folder that is named as `train`:
 
 - OMat24 (Barroso-Luque et al., 2024; 110 M structures, CC BY 4.0) and sAlex: folders of ``.aselmdb`` shards.

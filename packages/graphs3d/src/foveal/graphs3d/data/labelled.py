@@ -62,12 +62,14 @@ class Corruption:
         probability: that a structure is corrupted.
         ratio: that an atom of it is moved.
         std: A, of the normal displacement in each direction.
+        max_ratio: structures of which a larger share of atoms happens to be drawn are left as they are.
         max_force: eV/A; structures with a larger force on an atom are left as they are; None: all are taken.
     """
 
     probability: float = 0.5
     ratio: float = 0.5
     std: float = 0.025
+    max_ratio: float = 0.75
     max_force: float | None = None
 
     def draw(self, atoms: ase.Atoms, forces: Float[np.ndarray, "atoms 3"], free: Bool[np.ndarray, " atoms"]) -> Noise:
@@ -76,6 +78,7 @@ class Corruption:
         if self.max_force is not None and chosen:
             chosen = bool((np.linalg.norm(forces, axis=1) <= self.max_force).all())
         moved = (torch.rand(len(atoms)) < self.ratio) & torch.from_numpy(free) & chosen
+        moved &= moved.double().mean() <= self.max_ratio
         shift = torch.where(moved.unsqueeze(1), torch.randn(len(atoms), 3, dtype=torch.float64), 0.0)
         return Noise(shift, moved, moved.any().unsqueeze(0))
 

@@ -7,7 +7,6 @@ averaged weights by Lightning's EMAWeightAveraging. Denoising (DeNS) moves atoms
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 from foveal.core.checkpoint import load_weights, save_weights
 from foveal.core.errors import UserError
 from foveal.core.run_folder import current
-from foveal.graphs3d.checkpoints import model_from_weights
+from foveal.graphs3d.checkpoints import bundled_weights, energy_terms, model_from_weights
+from foveal.graphs3d.checkpoints.terms import EnergyTerms
 from foveal.graphs3d.data.labelled import Labelled
 from foveal.graphs3d.data.structures import UNITS, labels_of, without_labels
 from foveal.graphs3d.models.equiformer_v3 import Denoising, EquiformerV3, Prediction
@@ -85,7 +85,7 @@ class PotentialTask(pl.LightningModule):
         references: Literal["fit", "keep"] = "fit",
     ) -> None:
         super().__init__()
-        self.started_from = _bundled() if weights == "bundled" else weights
+        self.started_from = str(bundled_weights()) if weights == "bundled" else weights
         self.network = _network(network, self.started_from)
         self.learning_rate, self.weight_decay, self.betas, self.eps = learning_rate, weight_decay, tuple(betas), eps
         self.warmup, self.warmup_factor, self.final_rate = warmup, warmup_factor, final_rate
@@ -103,11 +103,11 @@ class PotentialTask(pl.LightningModule):
         if bool(self.prepared):
             return
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        known = {"references": {}, "scale": 1.0} if self.started_from is None else energy_terms(self.started_from)
+        known = EnergyTerms(1.0, {}, True) if self.started_from is None else energy_terms(self.started_from)
         structures = datamodule.sample()
-        scale = self.wanted_scale or (force_scale(structures) if self.started_from is None else float(known["scale"]))
+        scale = self.wanted_scale or (force_scale(structures) if self.started_from is None else known.scale)
         if self.fitted_references == "keep":
-            for symbol, value in known["references"].items():
+            for symbol, value in known.references.items():
                 self.references[chemical_symbols.index(symbol)] = value
         else:
             if self.started_from is not None:
@@ -247,7 +247,7 @@ class PotentialTask(pl.LightningModule):
         """The network with references and scale as `FovealCalculator` reads them."""
         config = self.network.config
         references = {chemical_symbols[number]: float(value) for number, value in enumerate(self.references) if number and value != 0}
-        metadata = {**(about or {}), "references": json.dumps(references), "scale": repr(float(self.scale))}
+        metadata = {**(about or {}), **EnergyTerms(float(self.scale), references, known_elements_only=True).header()}
         return save_weights(target, self.network.state_dict(), system="equiformer_v3", config=config, metadata=metadata, dtype=dtype, card=card)
 
     def configure_optimizers(self) -> Any:
@@ -278,12 +278,6 @@ def _undecayed(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in module.named_parameters(recurse=False) if everything or name == "bias"]
 
 
-def energy_terms(path: str | Path) -> dict[str, Any]:
-    """Element references (eV, by symbol) and scale that a file of ours names in its header; none and 1 where it does not."""
-    metadata = load_weights(path).metadata
-    return {"references": json.loads(metadata.get("references", "{}")), "scale": float(metadata.get("scale", "1"))}
-
-
 def _network(network: EquiformerV3 | None, weights: str | None) -> EquiformerV3:
     if weights is None:
         if network is None:
@@ -299,7 +293,3 @@ def _network(network: EquiformerV3 | None, weights: str | None) -> EquiformerV3:
     except RuntimeError as error:
         raise UserError(f"expected weights that fit the config's network; those in {weights} do not: {' '.join(str(error).split())[:200]}") from None
     return network
-
-
-def _bundled() -> str:
-    return str(Path(__file__).parents[1] / "weights" / "organic_small.safetensors")
