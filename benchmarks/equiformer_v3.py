@@ -26,7 +26,7 @@ import ase.build
 import torch
 from torch import nn
 
-from foveal.graphs3d import load_official, to_official
+from foveal.graphs3d import load_official
 from foveal.graphs3d.data.neighbors import AtomGraph, NeighborList
 from foveal.graphs3d.models import equivariant
 from foveal.graphs3d.models.equiformer_v3 import EquiformerV3, EquiformerV3Config
