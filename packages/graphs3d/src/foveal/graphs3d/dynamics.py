@@ -16,7 +16,7 @@ from ase.calculators.calculator import Calculator
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.md.langevin import Langevin
 from ase.md.md import MolecularDynamics
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
+from ase.md.velocitydistribution import Stationary, thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 
 from foveal.core.errors import UserError
@@ -102,7 +102,7 @@ def run_dynamics(
     moving = without_labels(atoms)
     moving.calc = calculator
     generator = np.random.default_rng(seed)
-    MaxwellBoltzmannDistribution(moving, temperature_K=temperature, rng=generator)
+    thermalize_momenta(moving, temperature_K=temperature, rng=generator)
     if len(moving) > 1:
         Stationary(moving)
 

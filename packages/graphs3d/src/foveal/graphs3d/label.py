@@ -15,7 +15,7 @@ import numpy as np
 from ase import units
 from ase.calculators.calculator import Calculator
 from ase.md.langevin import Langevin
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
+from ase.md.velocitydistribution import Stationary, thermalize_momenta
 
 from foveal.core.errors import UserError
 from foveal.core.files import atomic_write
@@ -65,7 +65,7 @@ def sample(
     label(moving, calculator)  # a structure that cannot be computed is refused before dynamics fails on it
     moving.calc = calculator
     # Twice the temperature: half of the kinetic energy goes into the bonds.
-    MaxwellBoltzmannDistribution(moving, temperature_K=2 * temperature, rng=generator)
+    thermalize_momenta(moving, temperature_K=2 * temperature, rng=generator)
     Stationary(moving)
     dynamics = Langevin(moving, timestep * units.fs, temperature_K=temperature, friction=_FRICTION, rng=generator, fixcm=False)
     for _ in range(frames):

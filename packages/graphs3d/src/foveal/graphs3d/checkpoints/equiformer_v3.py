@@ -115,7 +115,7 @@ def published_terms(content: Any) -> EnergyTerms | None:
 
 def _number(state: Mapping[str, Any], names: tuple[str, ...], default: float) -> float:
     found = [state[name] for name in names if name in state]
-    return float(torch.as_tensor(found[0]).double().flatten()[0]) if found else default
+    return float(torch.as_tensor(found[0], dtype=torch.float64).flatten()[0]) if found else default
 
 
 def _build(config: EquiformerV3Config, official: Mapping[str, Tensor] | None) -> EquiformerV3:

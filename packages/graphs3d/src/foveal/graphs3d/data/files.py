@@ -59,7 +59,7 @@ class StructureFiles(pl.LightningDataModule):
     def __init__(
         self,
         train: str | list[str],
-        validation: str | list[str] | float = 0.1,
+        validation: float | str | list[str] = 0.1,
         test: str | list[str] | dict[str, str] | None = None,
         frames: int | None = None,
         batch_size: int = 8,

@@ -24,13 +24,14 @@ from foveal.graphs3d.models.equivariant import (
     MergedLayerNorm,
     OrderLinear,
     RadialFunction,
+    by_order,
     gated,
     gated_sphere_product,
     linear_per_degree,
     sphere_product,
     swiglu,
 )
-from foveal.graphs3d.models.harmonics import degree_index, edge_frames, spherical_harmonics, truncation_rescale
+from foveal.graphs3d.models.harmonics import edge_frames, spherical_harmonics, truncation_rescale
 from foveal.graphs3d.models.sphere import sphere_grid
 from foveal.kernels import CSR, segment_attention, segment_reduce
 
@@ -270,14 +271,14 @@ class GraphAttention(nn.Module):
         weights = self.invariants(edges).view(-1, config.lmax + 1, 2 * config.channels)
         pair = torch.cat((x[edges.source], x[edges.target]), 2)
         # The weights are the same for all orders of a degree, so they may follow the rotation, which leaves fewer.
-        pair = torch.bmm(edges.frames, pair) * weights[:, degree_index(config.lmax, config.mmax, x.device)]
-        message, extra = self.mix(pair)
+        zero, *pairs = by_order(torch.bmm(edges.frames, pair), config.lmax, config.mmax)
+        message, extra = self.mix([zero * weights, *(part * weights[:, None, m:] for m, part in enumerate(pairs, 1))])
         alpha, scalars = extra.split(self.split, 1)
         if self.sphere:
             message = gated_sphere_product(message, scalars, config.lmax, config.mmax)
         else:
             message = gated(message, scalars, config.lmax, config.mmax)
-        message, _ = self.value(message)
+        message, _ = self.value(by_order(message, config.lmax, config.mmax))
         share = self.dropout(self._weights(alpha, edges)).to(message.dtype)
         message = (message.unflatten(2, (config.heads, config.value_channels)) * share.view(-1, 1, config.heads, 1)).flatten(2)
         taken = edges.sum(torch.bmm(edges.frames.transpose(1, 2), message))
