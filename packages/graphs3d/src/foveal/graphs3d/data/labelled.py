@@ -126,8 +126,8 @@ class LabelledGraphs(Dataset):
             moved.positions = atoms.positions + self.corruption.std * noise.shift.numpy()
             atoms = moved
         energy = torch.tensor([float(labels.get("energy", np.nan))], dtype=torch.float64)
-        arrays = (torch.from_numpy(np.array(array, dtype=np.float64)) for array in (forces, stress[None]))
-        return Labelled(self._neighbors(atoms), energy, *arrays, torch.from_numpy(free), noise)
+        known_forces, known_stress = (torch.from_numpy(np.array(array, dtype=np.float64)) for array in (forces, stress[None]))
+        return Labelled(self._neighbors(atoms), energy, known_forces, known_stress, torch.from_numpy(free), noise)
 
 
 def collate_labelled(items: Sequence[Labelled]) -> Labelled:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import ase
 import ase.db
@@ -67,7 +67,7 @@ class DatabaseRows(Sequence[ase.Atoms]):
         self._database = _connect(self.path)
 
 
-def _connect(path: Path) -> ase.db.core.Database:
+def _connect(path: Path) -> Any:
     if path.suffix != ".aselmdb":
         return ase.db.connect(path)
     try:
