@@ -21,7 +21,7 @@ from foveal.graphs3d.data.labelled import Corruption, LabelledGraphs, collate_la
 from foveal.graphs3d.models.equiformer_v3 import EquiformerV3, EquiformerV3Config
 from foveal.graphs3d.tasks.potential import PotentialTask
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "graphs3d").glob("equiformer*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "graphs3d").glob("*.yaml"))
 SMALL = {
     "layers": 1, "channels": 8, "lmax": 2, "mmax": 2, "attention_hidden": 4, "heads": 2, "alpha_channels": 4, "value_channels": 4,
     "ffn_hidden": 8, "edge_channels": 8, "radial": 8, "attention_grid": [8, 8], "ffn_grid": [8, 8], "cutoff": 4.0,
