@@ -28,7 +28,7 @@ from foveal.graphs3d.relax import evaluate_together, relax
 
 #: A supercell is at least so long in every direction, A, unless its size is given.
 _LENGTH = 10.0
-#: meV; vibrations below minus this are named as imaginary, above it rounding is.
+#: meV; vibrations below minus this count as imaginary.
 _IMAGINARY = 1.0
 
 
@@ -175,6 +175,13 @@ def molecule_modes(atoms: ase.Atoms, calculator: Calculator, displacement: float
     return VibrationsData.from_2d(atoms, hessian(atoms, calculator, displacement))
 
 
+def _rigid(atoms: ase.Atoms) -> int:
+    """Motions of a molecule as a whole, whose frequency is zero but for rounding and forces that are left."""
+    if len(atoms) == 1:
+        return 3
+    return 5 if atoms.get_moments_of_inertia().min() < 1e-3 else 6
+
+
 def phonons_command(
     files: Sequence[Path],
     *,
@@ -267,12 +274,13 @@ def phonons_command(
             writer.writerows([index, f"{value:.4f}", f"{wave:.3f}"] for index, (value, wave) in enumerate(zip(values, wavenumbers, strict=True)))
         with atomic_write(picture) as temporary:
             draw_modes(wavenumbers, atoms.get_chemical_formula()).savefig(temporary, dpi=150)
+        inside = values[np.argsort(abs(values))[_rigid(atoms) :]]
         return {
-            "modes": len(values),
-            "imaginary": int((values < -_IMAGINARY).sum()),
+            "vibrations": len(inside),
+            "imaginary": int((inside < -_IMAGINARY).sum()),
             "highest 1/cm": float(wavenumbers.max()),
-            "zero-point energy eV": float(np.clip(values, 0, None).sum() / 2000),
+            "zero-point energy eV": float(np.clip(inside, 0, None).sum() / 2000),
         }
 
-    columns = {"modes": ".0f", "imaginary": ".0f", "highest 1/cm": ".0f", "lowest THz": ".3f", "highest THz": ".2f"}
+    columns = {"vibrations": ".0f", "imaginary": ".0f", "highest 1/cm": ".0f", "lowest THz": ".3f", "highest THz": ".2f"}
     return run_files(files, output or Path("phonons"), "phonons.json", work, overwrite, as_json, columns)
