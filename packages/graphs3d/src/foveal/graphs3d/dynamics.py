@@ -114,7 +114,8 @@ def run_dynamics(
         if len(moving) > 1:
             Stationary(moving)
     dynamics = VelocityVerlet(moving, timestep * units.fs) if ensemble == "nve" else thermostat()
-    rows, frames = [], []
+    rows: list[tuple[float, float, float, float, float]] = []
+    frames: list[ase.Atoms] = []
 
     def note() -> None:
         potential, kinetic = moving.get_potential_energy(), moving.get_kinetic_energy()

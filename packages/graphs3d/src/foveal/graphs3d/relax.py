@@ -31,10 +31,9 @@ OPTIMIZERS: dict[str, Any] = {"fire": FIRE, "lbfgs": LBFGS, "bfgs": BFGS}
 class Handed(Calculator):
     """A calculator that is handed its results, by whoever evaluates many structures together."""
 
-    implemented_properties = ("energy", "free_energy", "forces", "stress", "energies")
-
     def __init__(self) -> None:
         super().__init__()
+        self.implemented_properties = ["energy", "free_energy", "forces", "stress", "energies"]
         self.given: dict[str, Any] = {}
 
     def calculate(self, atoms: ase.Atoms | None = None, properties: Sequence[str] = ("energy",), system_changes: Sequence[str] = all_changes) -> None:
