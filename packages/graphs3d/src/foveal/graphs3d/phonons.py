@@ -93,7 +93,7 @@ def crystal_phonons(
         phonon.generate_displacements(distance=displacement)
         moved = [
             ase.Atoms(one.symbols, cell=one.cell, scaled_positions=one.scaled_positions, pbc=True)
-            for one in phonon.supercells_with_displacements
+            for one in phonon.supercells_with_displacements or []
             if one is not None
         ]
         phonon.forces = np.array([result["forces"] for result in evaluate_together(moved, calculator)])

@@ -112,7 +112,8 @@ class StructureFiles(pl.LightningDataModule):
 
     def _network_config(self) -> Any:
         assert self.trainer is not None  # asked for while it runs
-        return self.trainer.lightning_module.network.config
+        task: Any = self.trainer.lightning_module
+        return task.network.config
 
     def _edges(self, structures: Sequence[ase.Atoms]) -> list[int]:
         """Edges of each structure; without a limit on them, 1 each."""

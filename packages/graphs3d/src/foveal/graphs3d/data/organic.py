@@ -47,7 +47,7 @@ def write_organic(botnet: Path, folder: Path) -> None:
         return frames
 
     learned = relabelled("dataset_acac/train_300K.xyz") + relabelled("dataset_ethanol/train.xyz") + relabelled("dataset_3BPA/train_300K.xyz")
-    tested = []
+    tested: list[ase.Atoms] = []
     for place, name in enumerate(molecules()):
         start = ase.Atoms(g2[name].numbers, g2[name].positions)
         for kelvin in (300, 600, 1000):
@@ -62,8 +62,8 @@ def write_organic(botnet: Path, folder: Path) -> None:
         "test_acac_600K": relabelled("dataset_acac/test_MD_600K.xyz", 3, 200),
         "test_ethanol": relabelled("dataset_ethanol/test_MD.xyz", 5, 200),
     }
-    for name, frames in files.items():
-        _write(folder / f"{name}.extxyz", frames)
+    for name, structures in files.items():
+        _write(folder / f"{name}.extxyz", structures)
 
 
 def _named(frame: ase.Atoms, name: str) -> ase.Atoms:

@@ -64,6 +64,7 @@ class PotentialTask(pl.LightningModule):
 
     references: Tensor
     scale: Tensor
+    prepared: Tensor
 
     def __init__(
         self,

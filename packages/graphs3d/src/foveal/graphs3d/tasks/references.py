@@ -11,7 +11,7 @@ from foveal.core.errors import UserError
 from foveal.graphs3d.data.structures import labels_of
 
 
-def element_references(structures: Sequence[ase.Atoms], energies: Sequence[float], elements: int) -> np.ndarray:
+def element_references(structures: Sequence[ase.Atoms], energies: Sequence[float] | np.ndarray, elements: int) -> np.ndarray:
     """Energy of each element (eV, by atomic number) that explains the energies of the structures best, by least squares.
 
     Where compositions do not tell elements apart the smallest such energies are taken; elements that do not occur have 0.
