@@ -16,7 +16,7 @@ from foveal.graphs3d.models.harmonics import (
     truncation_rescale,
     wigner_matrices,
 )
-from foveal.graphs3d.models.sphere import sphere_grid
+from foveal.graphs3d.models.sphere import product_grid, sphere_grid
 
 GRIDS = [("l4_m2_14x8", 4, 2, 14, 8), ("l6_m2_20x8", 6, 2, 20, 8), ("l4_m4_14x14", 4, None, 14, 14), ("l2_m2_8x8", 2, None, 8, 8)]
 
@@ -54,6 +54,17 @@ def test_grid_too_coarse_for_a_product_is_refused():
         sphere_grid(4, 2, 14, 6)
     with pytest.raises(ValueError, match="at least 14 latitudes"):
         sphere_grid(4, None, 12, 14)
+
+
+@pytest.mark.parametrize(("lmax", "mmax", "latitudes", "longitudes", "points"), [(2, 2, 8, 8, 28), (4, 2, 14, 8, 49), (4, None, 14, 14, 91)])
+def test_products_on_fewer_points_are_those_on_the_authors_grid(lmax, mmax, latitudes, longitudes, points):
+    def product(to_grid, from_grid):
+        return from_grid @ ((to_grid @ first) * (to_grid @ second))
+
+    (fewer, back), authors = product_grid(lmax, mmax), sphere_grid(lmax, mmax, latitudes, longitudes)
+    first, second = torch.randn(2, fewer.shape[1], 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert len(fewer) == points
+    assert torch.allclose(product(fewer, back), product(*authors), rtol=0, atol=1e-12)
 
 
 def test_values_on_the_grid_go_back_to_their_coefficients():

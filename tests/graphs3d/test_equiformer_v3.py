@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import ase.build
+import numpy as np
 import pytest
 import torch
 
 from foveal.core.errors import UserError
-from foveal.graphs3d.checkpoints import load_official, to_official
-from foveal.graphs3d.checkpoints.equiformer_v3 import official_name
+from foveal.graphs3d.calculator import FovealCalculator
+from foveal.graphs3d.checkpoints import convert_file, load_official, to_official
+from foveal.graphs3d.checkpoints.equiformer_v3 import official_name, published_terms
+from foveal.graphs3d.checkpoints.terms import EnergyTerms
 from foveal.graphs3d.models import equivariant
 from foveal.graphs3d.models.equiformer_v3 import (
     Denoising,
@@ -96,6 +100,8 @@ def test_part_alone_gives_the_authors_output(golden, part, dtype, suffix, limit)
             extra = [edges_of_parts(reference, dtype)]
         elif part == "stress_head":
             extra = [reference.tensor("in_stress_head_batch"), 2]
+        elif part.startswith("so2_linear"):
+            x = equivariant.by_order(x, 3, 2)
         out = module(x, *extra)
     if part == "radial_function":
         # Theirs writes each degree's weight once an order.
@@ -115,8 +121,8 @@ def test_activations_give_the_authors_output(golden, dtype, suffix, limit):
         return [reference.drawn(f"{name}_x", dtype), reference.drawn(f"{name}_scalars", dtype).flatten(1)]
 
     outs = {
-        "swiglu_s2_edge": equivariant.gated_sphere_product(*inputs("swiglu_s2_edge"), 3, 2, (10, 8)),
-        "swiglu_s2_node": equivariant.gated_sphere_product(*inputs("swiglu_s2_node"), 3, None, (10, 10)),
+        "swiglu_s2_edge": equivariant.gated_sphere_product(*inputs("swiglu_s2_edge"), 3, 2),
+        "swiglu_s2_node": equivariant.gated_sphere_product(*inputs("swiglu_s2_node"), 3, None),
         "gate_edge": equivariant.gated(*inputs("gate_edge"), 3, 2),
         "gate_node": equivariant.gated(*inputs("gate_node"), 3, None),
     }
@@ -152,6 +158,16 @@ def test_small_network_gives_the_authors_energy_forces_and_stress(golden, name, 
     reference = golden(name)
     model = loaded(reference, dtype)
     assert sum(parameter.numel() for parameter in model.parameters()) == reference.about["parameters"]
+    check(reference, case, suffix, model(*reference.structure(case, dtype)), limit)
+
+
+@pytest.mark.parametrize(("dtype", "suffix", "limit"), PRECISIONS)
+@pytest.mark.parametrize("case", ["nacl", "ethanol"])
+@pytest.mark.parametrize("name", ["seeded_grad_L4", "seeded_dens_L4", "seeded_grad_L6"])
+def test_network_with_the_authors_own_random_weights_gives_their_outputs(golden, name, case, dtype, suffix, limit):
+    reference = golden(name)
+    official = {key.removeprefix("weight_"): reference.tensor(key, dtype) for key in reference.arrays.files if key.startswith("weight_")}
+    model = load_official("equiformer_v3", official, **reference.about["config"])
     check(reference, case, suffix, model(*reference.structure(case, dtype)), limit)
 
 
@@ -227,6 +243,53 @@ def test_published_configuration_has_the_published_number_of_parameters(golden, 
         config = EQUIFORMER_V3.config_of(about["config"])
         model = EquiformerV3(replace(config, denoising="dens_block.alpha_dot" in about["state_dict"]))
     assert sum(parameter.numel() for parameter in model.parameters()) == about["parameters"]
+
+
+#: Published configuration -> what differs from the gradient form on OMat24 with lmax 4, and its parameters.
+OTHERS = {
+    "omat_direct_l6": ({"direct": True, "denoising": True, "lmax": 6, "attention_grid": (20, 8), "ffn_grid": (20, 20)}, 57_077_924),
+    "omat_gradient_l6": ({"lmax": 6, "attention_grid": (20, 8), "ffn_grid": (20, 20)}, 48_841_313),
+    "mptrj_direct_l4": ({"direct": True, "denoising": True, "radial": 10}, 34_859_044),
+    "mptrj_gradient_l4": ({"radial": 10}, 30_278_113),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_configurations_without_reference_outputs_have_the_published_number_of_parameters(name):
+    changes, parameters = OTHERS[name]
+    with torch.device("meta"):
+        model = EquiformerV3(EquiformerV3Config(**changes))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_scale_and_references_of_the_authors_checkpoint_make_the_calculator_answer_in_ev(golden, tmp_path):
+    reference = golden("tiny_gradient")
+    table = torch.zeros(100)
+    table[[8, 11, 17]] = torch.tensor([-4.5, -1.25, -2.75])
+    rmsd = torch.tensor(4.980640411)
+    saved = {
+        "state_dict": {f"module._orig_mod.{key}": value for key, value in reference.state(torch.float32).items()},
+        "normalizers": {name: {"mean": torch.zeros(1), "rmsd": rmsd} for name in ("energy", "forces", "stress")},
+        "elementrefs": {"energy": {"element_references": table}},
+    }
+    torch.save(saved, tmp_path / "theirs.pt")
+    convert_file("equiformer_v3", tmp_path / "theirs.pt", tmp_path / "ours.safetensors", **reference.about["config"])
+    calculator = FovealCalculator.from_pretrained(tmp_path / "ours.safetensors", device="cpu")
+    atoms = ase.build.bulk("NaCl", "rocksalt", a=5.6)
+    found = calculator.batch([atoms])[0]
+    with torch.no_grad():
+        raw = calculator.model(*calculator.new_neighbors()(atoms).to(dtype=torch.float32))
+    assert found["energy"] == pytest.approx(4.980640411 * float(raw.energy) - 4.0, rel=1e-6)
+    assert np.allclose(found["forces"], 4.980640411 * raw.forces.numpy(), rtol=1e-6)
+
+
+def test_forces_of_another_scale_than_energies_keep_theirs_and_other_means_are_refused():
+    oc20 = {"normalizers": {"energy": {"mean": 0.0, "rmsd": 24.9}, "forces": {"mean": 0.0, "rmsd": 0.511}}}
+    assert published_terms(oc20).forces_scale == 0.511
+    assert EnergyTerms.from_header(published_terms(oc20).header()) == published_terms(oc20)
+    oc20["normalizers"]["energy"]["mean"] = 1.0
+    with pytest.raises(UserError, match="mean 0"):
+        published_terms(oc20)
 
 
 def test_weights_go_back_to_the_authors_keys(golden):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import ase
@@ -10,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from foveal.graphs3d.calculator import FovealCalculator
 from foveal.graphs3d.data.neighbors import NeighborList, collate
+from foveal.graphs3d.dynamics import run_dynamics
 from foveal.graphs3d.models.equiformer_v3 import EquiformerV3, EquiformerV3Config, symmetric_matrix
 from foveal.graphs3d.models.harmonics import spherical_harmonics
+from foveal.kernels import CSR, segment_attention
 
 CONFIG = EquiformerV3Config(
     layers=2, channels=8, lmax=3, attention_hidden=8, heads=2, alpha_channels=6, value_channels=4, ffn_hidden=12, edge_channels=8, radial=8,
@@ -93,14 +98,14 @@ def test_moving_and_reordering_atoms_changes_nothing_else(form):
 def test_a_network_without_enough_points_on_the_sphere_would_not_be_equivariant(monkeypatch):
     """The tests above have power: two latitudes fewer break them."""
     from foveal.graphs3d.models import equivariant
-    from foveal.graphs3d.models.sphere import sphere_grid
+    from foveal.graphs3d.models.sphere import product_grid, sphere_grid
 
     exact = sphere_grid(3, None, 10, 10)
     coarse = sphere_grid(3, None, 10, 10)[0].reshape(10, 10, 16)[::2].reshape(50, 16)
     back = torch.linalg.pinv(coarse)
     assert torch.allclose(back @ coarse, exact[1] @ exact[0], atol=1e-10)
     model, atoms, turn = network(), molecule(), rotation(0)
-    monkeypatch.setattr(equivariant, "sphere_grid", lambda lmax, mmax, *rest: (coarse, back) if mmax is None else sphere_grid(lmax, mmax, *rest))
+    monkeypatch.setattr(equivariant, "product_grid", lambda lmax, mmax, *rest: (coarse, back) if mmax is None else product_grid(lmax, mmax, *rest))
     before = model(*graph_of(atoms))
     atoms.positions = atoms.positions @ turn.numpy().T
     assert error(model(*graph_of(atoms)).energy, before.energy) > 1e-8
@@ -227,3 +232,58 @@ def test_the_stress_heads_matrix_is_symmetric_and_turns_with_its_parts():
     expected = torch.outer(turn[0], turn[0]) - torch.eye(3, dtype=torch.float64) / 3
     assert error(matrix[0] / matrix[0].norm(), expected / expected.norm()) < 1e-12
     assert torch.allclose(symmetric_matrix(torch.ones(1), torch.zeros(1, 5))[0], torch.eye(3) / 3**0.5)
+
+
+def test_attention_over_edges_has_right_first_and_second_derivatives():
+    """Forces that are learned are differentiated twice, through softmax, envelope and the frames of edges."""
+    target = torch.tensor([0, 0, 0, 1, 1, 3])
+    csr = CSR.from_edge_index(torch.stack((torch.tensor([1, 2, 3, 0, 2, 1]), target)), 4)
+    values, logits, inside = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 2, 3), (6, 2), (6,)))
+
+    def attend(values, logits, inside):
+        weight = torch.sigmoid(inside)
+        return segment_attention(None, None, values, csr, edge_bias=logits, edge_envelope=weight, edge_gate=weight, values_on_edges=True, eps=1e-8)
+
+    assert torch.autograd.gradcheck(attend, (values, logits, inside))
+    assert torch.autograd.gradgradcheck(attend, (values, logits, inside))
+
+
+def test_the_hessian_is_symmetric_and_moving_the_whole_molecule_costs_nothing():
+    model = network(layers=1)
+    numbers, positions, *rest = graph_of(molecule()[:4])
+
+    def forces(positions):
+        return model(numbers, positions, *rest).forces.flatten()
+
+    matrix = torch.autograd.functional.jacobian(forces, positions).reshape(12, 12)
+    assert error(matrix, matrix.T) < 1e-9
+    assert matrix.reshape(12, 4, 3).sum(1).abs().max() < 1e-9 * matrix.abs().max()
+
+
+@pytest.mark.slow
+def test_five_thousand_atoms_fit_in_two_gigabytes():
+    """A narrow network; in a process of its own, whose peak is then its."""
+    code = """
+import resource, torch, ase.build
+from dataclasses import replace
+from foveal.graphs3d.data.neighbors import NeighborList
+from foveal.graphs3d.models.equiformer_v3 import EquiformerV3, EquiformerV3Config
+atoms = ase.build.bulk("Cu", "fcc", a=3.6, cubic=True).repeat((10, 25, 5))
+assert len(atoms) == 5000
+config = EquiformerV3Config(layers=1, channels=8, lmax=2, attention_hidden=4, heads=2, alpha_channels=4, value_channels=4, ffn_hidden=8,
+    edge_channels=8, radial=8, attention_grid=(8, 8), ffn_grid=(8, 8), cutoff=4.0)
+graph = NeighborList(4.0)(atoms).to(dtype=torch.float32)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with torch.no_grad():
+    found = EquiformerV3(config)(*graph)
+assert found.forces.abs().max() < 1e-3
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert float(done.stdout) < 2.0
+
+
+@pytest.mark.slow
+def test_ethanol_keeps_its_energy_by_the_bundled_potential():
+    drift = run_dynamics(ase.build.molecule("CH3CH2OH"), FovealCalculator.from_pretrained(device="cpu"), time=1.0, equilibration=0.2).drift
+    assert abs(drift) < 1.0

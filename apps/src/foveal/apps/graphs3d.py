@@ -1,4 +1,4 @@
-"""``foveal graphs3d``: energies, forces and stress of structures by an interatomic potential, and the authors' checkpoints."""
+"""``foveal graphs3d``: energies, relaxation, dynamics, vibrations, equations of state by an interatomic potential; training, labels, checkpoints."""
 
 from __future__ import annotations
 
@@ -7,22 +7,34 @@ from typing import Annotated
 
 import typer
 
-from foveal.apps.verbs import add_convert
+from foveal.apps.verbs import add_convert, add_training
 
 app = typer.Typer(rich_markup_mode=None)
 
+add_training(app, "graphs3d", "configs/graphs3d/equiformer_v3_small.yaml")
 add_convert(app, "graphs3d")
+
+_Structures = Annotated[list[Path], typer.Argument(help="Files of any format that ASE reads (extxyz, CIF, POSCAR, ASE db, ...), or folders.")]
+_Checkpoint = Annotated[
+    Path | None, typer.Option(help="Weights (.safetensors); default: the package's small potential, for molecules of H, C, N and O.")
+]
+_Method = Annotated[str | None, typer.Option(help="A reference method instead of a network: gfn2, gfn1 or emt.")]
+_Device = Annotated[str, typer.Option(help="auto, cpu, or cuda[:N].")]
+_Dtype = Annotated[str, typer.Option(help="float32 or float64.")]
+_Seed = Annotated[int, typer.Option(help="Of everything random.")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs instead of keeping them.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print the report for machines.")]
 
 
 @app.command()
 def evaluate(
-    structures: Annotated[list[Path], typer.Argument(help="Files of any format that ASE reads (extxyz, CIF, POSCAR, ASE db, ...), or folders.")],
-    checkpoint: Annotated[Path, typer.Option(help="Weights of the potential (.safetensors), as convert writes them.")],
+    structures: _Structures,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: evaluated.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, or cuda[:N].")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs instead of keeping them.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report for machines.")] = False,
+    checkpoint: _Checkpoint = None,
+    device: _Device = "auto",
+    dtype: _Dtype = "float32",
+    overwrite: _Overwrite = False,
+    as_json: _Json = False,
 ) -> None:
     """Energy, forces and stress of structures (extxyz); where the files carry labels, errors (csv, json) and a parity plot."""
     from foveal.graphs3d.evaluate import evaluate_command
@@ -30,5 +42,139 @@ def evaluate(
     raise typer.Exit(
         evaluate_command(
             structures, checkpoint=checkpoint, output=output, device=device, dtype=dtype, overwrite=overwrite, as_json=as_json
+        )
+    )  # fmt: skip
+
+
+@app.command()
+def relax(
+    structures: _Structures,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: relaxed.")] = None,
+    checkpoint: _Checkpoint = None,
+    method: _Method = None,
+    fmax: Annotated[float, typer.Option(help="eV/A that the largest force must come below.")] = 0.02,
+    steps: Annotated[int, typer.Option(help="At most.")] = 500,
+    cell: Annotated[bool, typer.Option("--cell", help="Relax the lattice too, where it is periodic throughout.")] = False,
+    optimizer: Annotated[str, typer.Option(help="fire, lbfgs or bfgs.")] = "fire",
+    device: _Device = "auto",
+    dtype: _Dtype = "float32",
+    overwrite: _Overwrite = False,
+    as_json: _Json = False,
+) -> None:
+    """Relax structures, all of a file together: the relaxed ones (extxyz), their steps (trajectory, csv) and a picture."""
+    from foveal.graphs3d.relax import relax_command
+
+    raise typer.Exit(
+        relax_command(
+            structures, output=output, checkpoint=checkpoint, method=method, fmax=fmax, steps=steps, cell=cell, optimizer=optimizer,
+            device=device, dtype=dtype, overwrite=overwrite, as_json=as_json,
+        )
+    )  # fmt: skip
+
+
+@app.command()
+def md(
+    structures: _Structures,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: dynamics.")] = None,
+    checkpoint: _Checkpoint = None,
+    method: _Method = None,
+    ensemble: Annotated[str, typer.Option(help="nve (constant energy) or nvt (Langevin, constant temperature).")] = "nve",
+    time: Annotated[float, typer.Option(help="ps.")] = 10.0,
+    timestep: Annotated[float, typer.Option(help="fs.")] = 0.5,
+    temperature: Annotated[float, typer.Option(help="K.")] = 300.0,
+    equilibration: Annotated[float, typer.Option(help="ps at that temperature before the run.")] = 0.5,
+    every: Annotated[int, typer.Option(help="Steps between two frames.")] = 20,
+    friction: Annotated[float, typer.Option(help="1/ps, of the thermostat.")] = 10.0,
+    seed: _Seed = 0,
+    device: _Device = "auto",
+    dtype: _Dtype = "float32",
+    overwrite: _Overwrite = False,
+    as_json: _Json = False,
+) -> None:
+    """Molecular dynamics: a trajectory, energies and temperature (csv), the drift of the total energy (json) and a picture of it."""
+    from foveal.graphs3d.dynamics import dynamics_command
+
+    raise typer.Exit(
+        dynamics_command(
+            structures, output=output, checkpoint=checkpoint, method=method, ensemble=ensemble, time=time, timestep=timestep,
+            temperature=temperature, equilibration=equilibration, every=every, friction=friction, seed=seed,
+            device=device, dtype=dtype, overwrite=overwrite, as_json=as_json,
+        )
+    )  # fmt: skip
+
+
+@app.command()
+def phonons(
+    structures: _Structures,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: phonons.")] = None,
+    checkpoint: _Checkpoint = None,
+    method: _Method = None,
+    supercell: Annotated[tuple[int, int, int] | None, typer.Option(help="Repeats of a crystal's cell; default: 10 A in each direction.")] = None,
+    displacement: Annotated[float, typer.Option(help="A.")] = 0.01,
+    relax_first: Annotated[bool, typer.Option("--relax/--no-relax", help="Relax the atoms in their cell first.")] = True,
+    fmax: Annotated[float, typer.Option(help="eV/A, of that relaxation.")] = 0.001,
+    device: _Device = "auto",
+    dtype: _Dtype = "float64",
+    overwrite: _Overwrite = False,
+    as_json: _Json = False,
+) -> None:
+    """Vibrations: bands and density of states of crystals, normal modes of molecules (csv, json, picture)."""
+    from foveal.graphs3d.phonons import phonons_command
+
+    raise typer.Exit(
+        phonons_command(
+            structures, output=output, checkpoint=checkpoint, method=method, supercell=supercell, displacement=displacement,
+            relax_first=relax_first, fmax=fmax, device=device, dtype=dtype, overwrite=overwrite, as_json=as_json,
+        )
+    )  # fmt: skip
+
+
+@app.command()
+def eos(
+    structures: _Structures,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: eos.")] = None,
+    checkpoint: _Checkpoint = None,
+    method: _Method = None,
+    span: Annotated[float, typer.Option(help="Largest change of volume, as a share.")] = 0.06,
+    points: Annotated[int, typer.Option(help="Volumes.")] = 11,
+    relax_atoms: Annotated[bool, typer.Option("--relax/--no-relax", help="Relax the atoms in each cell.")] = True,
+    equation: Annotated[str, typer.Option(help="birchmurnaghan, birch, murnaghan, vinet, pouriertarantola or sjeos.")] = "birchmurnaghan",
+    device: _Device = "auto",
+    dtype: _Dtype = "float64",
+    overwrite: _Overwrite = False,
+    as_json: _Json = False,
+) -> None:
+    """Energy against volume of crystals: the volume of lowest energy and the bulk modulus (csv, json, picture)."""
+    from foveal.graphs3d.equation_of_state import eos_command
+
+    raise typer.Exit(
+        eos_command(
+            structures, output=output, checkpoint=checkpoint, method=method, span=span, points=points, relax_atoms=relax_atoms,
+            equation=equation, device=device, dtype=dtype, overwrite=overwrite, as_json=as_json,
+        )
+    )  # fmt: skip
+
+
+@app.command()
+def label(
+    structures: _Structures,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: labelled.")] = None,
+    method: Annotated[str, typer.Option(help="gfn2, gfn1 (all elements to Rn) or emt (Al, Cu, Ag, Au, Ni, Pd, Pt).")] = "gfn2",
+    frames: Annotated[int, typer.Option(help="Geometries to make of each structure; 0 labels the structures as they are.")] = 0,
+    temperature: Annotated[float | None, typer.Option(help="K of dynamics that geometries are taken from; default: random displacements.")] = None,
+    rattle: Annotated[float, typer.Option(help="A, standard deviation of random displacements.")] = 0.05,
+    every: Annotated[int, typer.Option(help="Steps of dynamics between two geometries.")] = 20,
+    timestep: Annotated[float, typer.Option(help="fs, of dynamics.")] = 1.0,
+    seed: _Seed = 0,
+    overwrite: _Overwrite = False,
+    as_json: _Json = False,
+) -> None:
+    """Make training data: geometries of your structures with energy, forces and stress by a fast method (extxyz)."""
+    from foveal.graphs3d.label import label_command
+
+    raise typer.Exit(
+        label_command(
+            structures, output=output, method=method, frames=frames, temperature=temperature, rattle=rattle, every=every,
+            timestep=timestep, seed=seed, overwrite=overwrite, as_json=as_json,
         )
     )  # fmt: skip

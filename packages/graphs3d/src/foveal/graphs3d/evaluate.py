@@ -10,55 +10,17 @@ from pathlib import Path
 import ase
 import ase.io
 import numpy as np
-from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write, collect_inputs, output_folder
-from foveal.core.reports import BatchReport
+from foveal.core.files import atomic_write
+from foveal.core.reports import Entry
 from foveal.graphs3d.calculator import FovealCalculator
+from foveal.graphs3d.data.structures import UNITS, labels_of, without_labels
+from foveal.graphs3d.file_runs import run_files
 from foveal.graphs3d.plots import draw_parity
 
-#: Suffixes of files that are looked for in folders; a file that is named may be anything that ASE reads.
-SUFFIXES = (".xyz", ".extxyz", ".cif", ".traj", ".db", ".vasp", ".poscar")
-#: Property -> unit of its error; energy is an atom's.
-UNITS = {"energy": "eV/atom", "forces": "eV/A", "stress": "eV/A^3"}
-
 Pairs = dict[str, list[tuple[np.ndarray, np.ndarray]]]
-
-
-def labels_of(atoms: ase.Atoms) -> dict[str, np.ndarray]:
-    """Energy (eV), forces and stress that a file carries, under ASE's names or with the prefix ``REF_``."""
-    found: dict[str, np.ndarray] = {}
-    if atoms.calc is not None:
-        for name in UNITS:
-            try:
-                value = atoms.calc.get_property(name, atoms, allow_calculation=False)
-            except PropertyNotImplementedError:
-                continue
-            if value is not None:
-                found[name] = np.asarray(value, dtype=float)
-    if "REF_energy" in atoms.info:
-        found["energy"] = np.asarray(atoms.info["REF_energy"], dtype=float)
-    if "REF_forces" in atoms.arrays:
-        found["forces"] = np.asarray(atoms.arrays["REF_forces"], dtype=float)
-    return found
-
-
-def read_structures(path: Path) -> list[ase.Atoms]:
-    """All structures of a file of any format that ASE reads.
-
-    Raises:
-        UserError: the file cannot be read, or holds none.
-    """
-    try:
-        structures = ase.io.read(path, index=":")
-    except Exception as error:  # ASE's readers raise whatever their parser meets
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
-        raise UserError(f"expected structures in a format that ASE reads; {path} cannot be read: {reason}; check the file") from None
-    if not structures:
-        raise UserError(f"expected at least one structure in {path}; it is empty")
-    return list(structures)
 
 
 def predict(atoms: ase.Atoms, calculator: FovealCalculator) -> ase.Atoms:
@@ -67,10 +29,7 @@ def predict(atoms: ase.Atoms, calculator: FovealCalculator) -> ase.Atoms:
     Raises:
         UserError: as `FovealCalculator.calculate`.
     """
-    done = atoms.copy()
-    for stale in ("REF_forces", "REF_energy"):
-        done.arrays.pop(stale, None)
-        done.info.pop(stale, None)
+    done = without_labels(atoms)
     calculator.calculate(done)
     done.calc = SinglePointCalculator(done, **{name: calculator.results[name] for name in UNITS if name in calculator.results})
     return done
@@ -97,7 +56,7 @@ def compare(labels: Mapping[str, np.ndarray], predicted: ase.Atoms) -> Pairs:
 def evaluate_command(
     files: Sequence[Path],
     *,
-    checkpoint: Path,
+    checkpoint: Path | None = None,
     output: Path | None = None,
     device: str = "auto",
     dtype: str = "float32",
@@ -108,7 +67,7 @@ def evaluate_command(
 
     Args:
         files: of any format that ASE reads, and folders of them.
-        checkpoint: weights of ours.
+        checkpoint: weights of ours; None: the package's.
         output: folder for the results; None is ``evaluated`` here.
         device: ``auto``, ``cpu`` or ``cuda[:N]``.
         dtype: ``float32`` or ``float64``.
@@ -121,34 +80,28 @@ def evaluate_command(
     Raises:
         UserError: no inputs, weights that cannot be loaded, or an output folder that cannot be written.
     """
-    inputs = collect_inputs(files, SUFFIXES)
     calculator = FovealCalculator.from_pretrained(checkpoint, device=device, dtype=dtype)
-    folder = output_folder(output or "evaluated", overwrite)
-    report = BatchReport()
-    for path in inputs:
-        target = folder / f"{path.stem}_predicted.extxyz"
-        if target.exists() and not overwrite:
-            report.kept(path, [str(target)])
-            continue
-        with report.item(path) as entry:
-            pairs: Pairs = {name: [] for name in UNITS}
-            predicted, rows = [], []
-            for index, atoms in enumerate(read_structures(path)):
-                try:
-                    predicted.append(predict(atoms, calculator))
-                except UserError as error:
-                    raise UserError(f"structure {index}: {error}") from None
-                own = compare(labels_of(atoms), predicted[-1])
-                rows.append({"structure": index, "atoms": len(atoms), **errors_of(own)})
-                for name, found in own.items():
-                    pairs[name] += found
-            with atomic_write(target) as temporary:
-                ase.io.write(temporary, predicted, format="extxyz")
-            entry.outputs = [str(target)]
-            entry.numbers = {"structures": float(len(predicted)), **errors_of(pairs)}
-            if any(pairs.values()):
-                entry.outputs += _write_errors(folder / path.stem, rows, pairs)
-    return report.finish(as_json)
+
+    def work(structures: list[ase.Atoms], target: Path, entry: Entry) -> None:
+        pairs: Pairs = {name: [] for name in UNITS}
+        predicted, rows = [], []
+        for index, atoms in enumerate(structures):
+            try:
+                predicted.append(predict(atoms, calculator))
+            except UserError as error:
+                raise UserError(f"structure {index}: {error}") from None
+            own = compare(labels_of(atoms), predicted[-1])
+            rows.append({"structure": index, "atoms": len(atoms), **errors_of(own)})
+            for name, found in own.items():
+                pairs[name] += found
+        with atomic_write(target) as temporary:
+            ase.io.write(temporary, predicted, format="extxyz")
+        entry.outputs = [str(target)]
+        entry.numbers = {"structures": float(len(predicted)), **errors_of(pairs)}
+        if any(pairs.values()):
+            entry.outputs += _write_errors(target.with_name(target.name.removesuffix("_predicted.extxyz")), rows, pairs)
+
+    return run_files(files, output or Path("evaluated"), "predicted.extxyz", work, overwrite, as_json, {"structures": ".0f"})
 
 
 def _write_errors(stem: Path, rows: Sequence[Mapping[str, float]], pairs: Pairs) -> list[str]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from foveal.core.official import Conversion
+from foveal.core.checkpoint import load_weights, save_weights
+from foveal.core.official import Conversion, read_official, state_dict_of
 from foveal.core.systems import PublishedSystems, System
 from foveal.graphs3d.checkpoints import equiformer_v3
+from foveal.graphs3d.checkpoints.terms import EnergyTerms
 
 _PUBLISHED = PublishedSystems("graphs3d", equiformer_v3.EQUIFORMER_V3)
 
@@ -48,12 +51,20 @@ def to_official(system: str, model: nn.Module) -> dict[str, Tensor]:
 def convert_file(system: str, source: str | Path, target: str | Path, back: bool = False, **config: Any) -> Conversion:
     """Convert the authors' checkpoint file to ours, or with `back` ours to theirs; the account of every key is returned.
 
-    `config` is as in `load_official`; with `back` the file of ours holds its own.
+    What the authors' file says beside the weights, the scale of labels (``normalizers``) and the elements' reference energies (``elementrefs``), is
+    kept in the header of ours, so that the calculator answers in eV. `config` is as in `load_official`; with `back` the file of ours holds its own.
 
     Raises:
-        UserError: as `load_official`; or a target that cannot be written.
+        UserError: as `load_official`; normalisation that no published model has; or a target that cannot be written.
     """
-    return _PUBLISHED.convert(system, source, target, back, config)
+    if back:
+        return _PUBLISHED.convert(system, source, target, back, config)
+    content = read_official(source)
+    terms = equiformer_v3.published_terms(content)
+    model, conversion = _PUBLISHED.load_official(system, state_dict_of(content), config)
+    built: Any = model
+    save_weights(target, model.state_dict(), system=system, config=asdict(built.config), metadata=terms.header() if terms else None)
+    return conversion
 
 
 def model_from_weights(path: str | Path, system: str = "equiformer_v3") -> nn.Module:
@@ -63,3 +74,17 @@ def model_from_weights(path: str | Path, system: str = "equiformer_v3") -> nn.Mo
         UserError: the file is missing, corrupt, of another program or system, or its weights do not fit its config.
     """
     return _PUBLISHED.from_weights(path, system)
+
+
+def energy_terms(path: str | Path) -> EnergyTerms:
+    """What turns the network's answers into eV, out of the header of a file of ours; references of none and a scale of 1 where it does not say.
+
+    Raises:
+        UserError: the file is missing, corrupt or foreign.
+    """
+    return EnergyTerms.from_header(load_weights(path).metadata)
+
+
+def bundled_weights() -> Path:
+    """The small potential that ships with the package: molecules of H, C, N and O at the level of GFN2-xTB."""
+    return Path(__file__).parents[1] / "weights" / "organic_small.safetensors"

@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+from ase.data import chemical_symbols
 from torch import Tensor
 
 from foveal.core.errors import UserError
 from foveal.core.official import Source
 from foveal.core.systems import Adapter, System
+from foveal.graphs3d.checkpoints.terms import EnergyTerms
 from foveal.graphs3d.models.equiformer_v3 import EquiformerV3, EquiformerV3Config
 
 #: Ours -> theirs, applied in this order.
@@ -85,6 +88,34 @@ def official_name(key: str) -> str:
     for pattern, replacement in _NAMES.items():
         key = re.sub(pattern, replacement, key)
     return key
+
+
+def published_terms(content: Any) -> EnergyTerms | None:
+    """Scale and references that a training checkpoint of the authors holds beside the weights; None where it holds neither.
+
+    ``normalizers`` is {"energy": {"mean": 0, "rmsd": r}, "forces": {"rmsd": r}}; ``elementrefs`` {"energy": {"element_references": (elements,)}}.
+
+    Raises:
+        UserError: a mean that is not 0, or stress of another scale than forces, which no published model has.
+    """
+    if not isinstance(content, Mapping) or not any(isinstance(content.get(name), Mapping) for name in ("normalizers", "elementrefs")):
+        return None
+    normalizers = content.get("normalizers") or {}
+    scales = {name: float(_number(state, ("rmsd", "std"), 1.0)) for name, state in normalizers.items()}
+    means = [float(_number(state, ("mean",), 0.0)) for state in normalizers.values()]
+    others = {scale for name, scale in scales.items() if name != "energy"}
+    if any(means) or len(others) > 1:
+        raise UserError(f"expected labels of mean 0, and one scale of forces and stress, as published; got means {means} and scales {scales}")
+    scale = scales.get("energy", 1.0)
+    references = (content.get("elementrefs") or {}).get("energy") or {}
+    table = torch.as_tensor(references.get("element_references", references.get("coeff", []))).double().flatten().tolist()
+    named = {chemical_symbols[number]: value for number, value in enumerate(table) if number and number < len(chemical_symbols) and value}
+    return EnergyTerms(scale, named, forces_scale=None if others <= {scale} else others.pop())
+
+
+def _number(state: Mapping[str, Any], names: tuple[str, ...], default: float) -> float:
+    found = [state[name] for name in names if name in state]
+    return float(torch.as_tensor(found[0], dtype=torch.float64).flatten()[0]) if found else default
 
 
 def _build(config: EquiformerV3Config, official: Mapping[str, Tensor] | None) -> EquiformerV3:

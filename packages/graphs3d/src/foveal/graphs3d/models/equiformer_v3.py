@@ -5,7 +5,8 @@ forces and stress are derivatives of the energy, so energy is conserved; in the 
 positions in A and the edges of a neighbour list; outputs are the network's own, before any scale or element references.
 
 Differs from the authors' code: edges close to the polar axis are differentiated too (``snap_axis`` gives theirs), the frame of an edge is not drawn
-at random, and the two linear maps on the grid of the feed-forward are folded into those before and after it, which is exact.
+at random; and, which is exact, the two linear maps on the grid of the feed-forward are folded into those before and after it, and the grids have
+the fewest points on which products are exact.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from foveal.graphs3d.models.equivariant import (
     MergedLayerNorm,
     OrderLinear,
     RadialFunction,
+    by_order,
     gated,
     gated_sphere_product,
     linear_per_degree,
     sphere_product,
     swiglu,
 )
-from foveal.graphs3d.models.harmonics import degree_index, edge_frames, spherical_harmonics, truncation_rescale
+from foveal.graphs3d.models.harmonics import edge_frames, spherical_harmonics, truncation_rescale
 from foveal.graphs3d.models.sphere import sphere_grid
 from foveal.kernels import CSR, segment_attention, segment_reduce
 
@@ -57,8 +59,8 @@ class EquiformerV3Config:
         ffn_hidden: channels of the feed-forward.
         edge_channels: width of radial functions.
         radial: Gaussians of the distance.
-        attention_grid: latitudes and longitudes.
-        ffn_grid: latitudes and longitudes.
+        attention_grid: latitudes and longitudes of the authors' grid; what is computed does not depend on it, as long as it is fine enough.
+        ffn_grid: the same.
         cutoff: A.
         max_neighbors: the nearest ones that a neighbour list keeps of each atom.
         max_elements: atomic numbers go below this.
@@ -269,14 +271,14 @@ class GraphAttention(nn.Module):
         weights = self.invariants(edges).view(-1, config.lmax + 1, 2 * config.channels)
         pair = torch.cat((x[edges.source], x[edges.target]), 2)
         # The weights are the same for all orders of a degree, so they may follow the rotation, which leaves fewer.
-        pair = torch.bmm(edges.frames, pair) * weights[:, degree_index(config.lmax, config.mmax, x.device)]
-        message, extra = self.mix(pair)
+        zero, *pairs = by_order(torch.bmm(edges.frames, pair), config.lmax, config.mmax)
+        message, extra = self.mix([zero * weights, *(part * weights[:, None, m:] for m, part in enumerate(pairs, 1))])
         alpha, scalars = extra.split(self.split, 1)
         if self.sphere:
-            message = gated_sphere_product(message, scalars, config.lmax, config.mmax, config.attention_grid)
+            message = gated_sphere_product(message, scalars, config.lmax, config.mmax)
         else:
             message = gated(message, scalars, config.lmax, config.mmax)
-        message, _ = self.value(message)
+        message, _ = self.value(by_order(message, config.lmax, config.mmax))
         share = self.dropout(self._weights(alpha, edges)).to(message.dtype)
         message = (message.unflatten(2, (config.heads, config.value_channels)) * share.view(-1, 1, config.heads, 1)).flatten(2)
         taken = edges.sum(torch.bmm(edges.frames.transpose(1, 2), message))
@@ -321,7 +323,7 @@ class FeedForward(nn.Module):
         """Each atom for itself."""
         config, scalar = self.config, x[:, 0]
         widened = linear_per_degree(x, self.before.weight @ self.expand.weight, self.before.weight @ self.expand.bias)
-        product = sphere_product(widened, config.lmax, None, config.ffn_grid) * torch.sigmoid(self.gate(scalar)).unsqueeze(1)
+        product = sphere_product(widened, config.lmax, None) * torch.sigmoid(self.gate(scalar)).unsqueeze(1)
         out = linear_per_degree(product, self.contract.weight @ self.after.weight, self.contract.bias)
         beside = nn.functional.linear(swiglu(self.scalar(scalar)), self.contract.weight[0])
         return torch.cat((out[:, :1] + beside.unsqueeze(1), out[:, 1:]), 1)

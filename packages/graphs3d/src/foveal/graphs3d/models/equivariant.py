@@ -6,6 +6,7 @@ Liao et al.: EquiformerV3, arXiv 2604.09130, 2026; the linear map per order is e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import sqrt
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveal.graphs3d.models.harmonics import degree_index
-from foveal.graphs3d.models.sphere import sphere_grid
+from foveal.graphs3d.models.sphere import product_grid
 
 
 class MergedLayerNorm(nn.Module):
@@ -95,18 +96,25 @@ class OrderLinear(nn.Module):
                 order.weight /= sqrt(2)
         self.orders = nn.ModuleList(orders)
 
-    def forward(self, x: Float[Tensor, "edges kept inputs"]) -> tuple[Float[Tensor, "edges kept outputs"], Float[Tensor, "edges extra"]]:
-        """Features in the frame of the edge, m-major; and the invariant output."""
-        edges, start = x.shape[0], self.lmax + 1
-        extra, zero = self.zero(x[:, :start].flatten(1)).split([self.extra, (self.lmax + 1) * self.outputs], 1)
-        mixed = [zero.view(edges, start, self.outputs)]
-        for m, order in enumerate(self.orders, 1):
-            size = self.lmax + 1 - m
-            real, imaginary = order(x[:, start : start + 2 * size].reshape(edges, 2, size * x.shape[2])).chunk(2, -1)
-            pair = torch.stack((real[:, 0] - imaginary[:, 1], real[:, 1] + imaginary[:, 0]), 1)
-            mixed.append(pair.view(edges, 2 * size, self.outputs))
-            start += 2 * size
+    def forward(self, parts: Sequence[Tensor]) -> tuple[Float[Tensor, "edges kept outputs"], Float[Tensor, "edges extra"]]:
+        """Features in the frame of the edge, m-major; and the invariant output.
+
+        Args:
+            parts: of each order, as `by_order` gives them.
+        """
+        extra, zero = self.zero(parts[0].flatten(1)).split([self.extra, (self.lmax + 1) * self.outputs], 1)
+        mixed = [zero.unflatten(1, (self.lmax + 1, self.outputs))]
+        for m, (order, part) in enumerate(zip(self.orders, parts[1:], strict=True), 1):
+            real, imaginary = order(part.flatten(2)).chunk(2, -1)
+            pair = (real[:, 0] - imaginary[:, 1], real[:, 1] + imaginary[:, 0])
+            mixed += [one.unflatten(1, (self.lmax + 1 - m, self.outputs)) for one in pair]
         return torch.cat(mixed, 1), extra
+
+
+def by_order(x: Float[Tensor, "edges kept channels"], lmax: int, mmax: int) -> list[Tensor]:
+    """Views of m-major features: order 0 (edges, lmax + 1, channels), then of each order m the pair +m, -m: (edges, 2, lmax + 1 - m, channels)."""
+    zero, *pairs = x.split([lmax + 1, *(2 * (lmax + 1 - m) for m in range(1, mmax + 1))], 1)
+    return [zero, *(pair.unflatten(1, (2, pair.shape[1] // 2)) for pair in pairs)]
 
 
 class RadialFunction(nn.Module):
@@ -140,21 +148,15 @@ def swiglu(x: Float[Tensor, "*batch twice"]) -> Float[Tensor, "*batch half"]:
     return F.silu(first) * second
 
 
-def sphere_product(
-    x: Float[Tensor, "items coefficients twice"], lmax: int, mmax: int | None, grid: tuple[int, int]
-) -> Float[Tensor, "items coefficients half"]:
+def sphere_product(x: Float[Tensor, "items coefficients twice"], lmax: int, mmax: int | None) -> Float[Tensor, "items coefficients half"]:
     """The two halves of the channels multiplied as functions on the sphere, up to degree lmax; exact, so equivariant."""
-    to_grid, from_grid = sphere_grid(lmax, mmax, *grid, x.dtype, x.device)
+    to_grid, from_grid = product_grid(lmax, mmax, x.dtype, x.device)
     first, second = torch.matmul(to_grid, x).chunk(2, -1)
     return torch.matmul(from_grid, first * second)
 
 
 def gated_sphere_product(
-    x: Float[Tensor, "items coefficients twice"],
-    scalars: Float[Tensor, "items thrice"],
-    lmax: int,
-    mmax: int | None,
-    grid: tuple[int, int],
+    x: Float[Tensor, "items coefficients twice"], scalars: Float[Tensor, "items thrice"], lmax: int, mmax: int | None
 ) -> Float[Tensor, "items coefficients half"]:
     """SwiGLU-S2: the product on the sphere, gated by invariants, plus the invariants' own SwiGLU on degree 0.
 
@@ -163,10 +165,9 @@ def gated_sphere_product(
         scalars: the input of the SwiGLU (two halves), then the gate.
         lmax: largest degree.
         mmax: largest order where `x` is m-major.
-        grid: latitudes and longitudes.
     """
     half = x.shape[2] // 2
-    product = sphere_product(x, lmax, mmax, grid) * torch.sigmoid(scalars[:, 2 * half :]).unsqueeze(1)
+    product = sphere_product(x, lmax, mmax) * torch.sigmoid(scalars[:, 2 * half :]).unsqueeze(1)
     return torch.cat((product[:, :1] + swiglu(scalars[:, : 2 * half]).unsqueeze(1), product[:, 1:]), 1)
 
 

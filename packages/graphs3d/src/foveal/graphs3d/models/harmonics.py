@@ -107,16 +107,24 @@ def axis_swap(lmax: int, dtype: torch.dtype = torch.float64, device: torch.devic
         return torch.where(matrix.abs() > 1e-13, (matrix + matrix.T) / 2, 0.0).to(dtype=dtype, device=device)
 
 
-def _quadrature(order: int) -> tuple[Float[Tensor, "points 3"], Float[Tensor, " points"]]:
-    """Points and weights (sum 1) that integrate products of two harmonics of degree below `order` exactly: Gauss-Legendre by equal longitudes."""
-    # Golub and Welsch: the nodes are eigenvalues of the recurrence's matrix.
+def gauss_legendre(order: int) -> tuple[Float[Tensor, " order"], Float[Tensor, " order"]]:
+    """Nodes in [-1, 1] and weights (sum 1) that integrate polynomials up to degree 2 order - 1 exactly; float64.
+
+    Golub and Welsch (1969): the nodes are eigenvalues of the recurrence's matrix.
+    """
     step = torch.arange(1, order, dtype=torch.float64)
     off = step / torch.sqrt(4 * step * step - 1)
     nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+    return nodes, vectors[0] ** 2
+
+
+def _quadrature(order: int) -> tuple[Float[Tensor, "points 3"], Float[Tensor, " points"]]:
+    """Points and weights (sum 1) that integrate products of two harmonics of degree below `order` exactly: Gauss-Legendre by equal longitudes."""
+    nodes, weights = gauss_legendre(order)
     longitudes = torch.arange(2 * order, dtype=torch.float64) * (torch.pi / order)
     sine = torch.sqrt(1 - nodes * nodes).unsqueeze(1)
     points = torch.stack((sine * longitudes.sin(), nodes.unsqueeze(1).expand(-1, 2 * order), sine * longitudes.cos()), -1)
-    return points.reshape(-1, 3), (vectors[0] ** 2 / (2 * order)).repeat_interleave(2 * order)
+    return points.reshape(-1, 3), (weights / (2 * order)).repeat_interleave(2 * order)
 
 
 def swap_axes(directions: Float[Tensor, "*points 3"]) -> Float[Tensor, "*points 3"]:

@@ -1,0 +1,112 @@
+"""Batches of about equal cost: as many structures as fit a number of edges, whatever their sizes. Resumable in the middle of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from foveal.core.errors import UserError
+from foveal.core.resumable import SeededItems
+
+
+class EdgeBatches(DistributedSampler):
+    """Lists of (epoch, index): a new order each epoch, packed in that order; processes take turns at the batches, so all have equally many.
+
+    Args:
+        edges: of each structure.
+        batch_size: structures in a batch, at most.
+        max_edges: in a batch, at most; a structure that alone has more is a batch of its own. None: no limit.
+        shuffle: a new order each epoch.
+        seed: of the order.
+    """
+
+    def __init__(self, edges: Sequence[int], batch_size: int, max_edges: int | None = None, shuffle: bool = True, seed: int = 0) -> None:
+        joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+        size, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if joined else (1, 0)
+        super().__init__(range(len(edges)), size, rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        self.edges, self.batch_size, self.max_edges = list(edges), batch_size, max_edges
+        self.start = 0
+
+    def batches(self) -> list[list[tuple[int, int]]]:
+        """The epoch's batches of this process."""
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.edges)).tolist() if self.shuffle else range(len(self.edges))
+        packed: list[list[tuple[int, int]]] = []
+        room = 0.0
+        limit = float("inf") if self.max_edges is None else float(self.max_edges)
+        for index in order:
+            if not packed or len(packed[-1]) == self.batch_size or self.edges[index] > room:
+                packed.append([])
+                room = limit
+            packed[-1].append((self.epoch, index))
+            room -= self.edges[index]
+        if self.num_replicas > 1 and len(packed) >= self.num_replicas:
+            packed = packed[: len(packed) // self.num_replicas * self.num_replicas]
+        return packed[self.rank :: self.num_replicas]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches()[self.start :])
+
+    def __len__(self) -> int:
+        return len(self.batches())
+
+
+class EdgeBatchLoader(DataLoader):
+    """A data loader over `EdgeBatches` that goes on where it stopped.
+
+    Args:
+        dataset: its items may draw from the global generators.
+        edges: of each item.
+        batch_size: structures in a batch, at most.
+        max_edges: in a batch, at most; None: no limit.
+        shuffle: a new order each epoch.
+        seed: of order and items.
+        **kwargs: as of DataLoader.
+    """
+
+    def __init__(
+        self, dataset: Dataset, edges: Sequence[int], batch_size: int, max_edges: int | None, shuffle: bool = True, seed: int = 0, **kwargs: Any
+    ) -> None:
+        self._packing = EdgeBatches(edges, batch_size, max_edges, shuffle, seed)
+        kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
+        super().__init__(SeededItems(dataset, seed), batch_sampler=self._packing, **kwargs)
+        # Lightning looks here for the sampler whose epoch it sets, and replaces one that does not share between processes.
+        object.__setattr__(self, "sampler", self._packing)
+        self._done = 0
+        self._resumed: dict[str, Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # A generator, so that nothing is drawn before the first batch is asked for: Lightning sets the epoch only after iter().
+        packing, self._done = self._packing, 0
+        if self._resumed is not None and self._resumed["epoch"] == packing.epoch:
+            self._done = self._resumed["batches"]
+        self._resumed = None
+        packing.start = self._done
+        for batch in super().__iter__():
+            self._done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, how many of its batches were handed out, and what must be the same for that to mean the same."""
+        packing = self._packing
+        same = {"items": len(packing.edges), "batch_size": packing.batch_size, "max_edges": packing.max_edges, "seed": packing.seed}
+        return {"epoch": packing.epoch, "batches": self._done, **same}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state` at the next iteration.
+
+        Raises:
+            UserError: the data or its packing differ from the interrupted run's.
+        """
+        now = self.state_dict()
+        for name in ("items", "batch_size", "max_edges", "seed"):
+            if state[name] != now[name]:
+                raise UserError(
+                    f"expected the interrupted run's training data ({name} {state[name]}) to resume it; got {name} {now[name]}; "
+                    "restore the setting, or start a new run from the weights alone"
+                )
+        self._resumed = dict(state)
+        self._packing.set_epoch(state["epoch"])

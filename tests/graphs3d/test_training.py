@@ -1,0 +1,211 @@
+"""Training with the real command line: every configuration runs, a run resumes, fine-tuning starts right, and what is written computes in eV."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import ase.build
+import ase.io
+import numpy as np
+import pytest
+import torch
+import yaml
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from foveal.core.cli import FovealCLI
+from foveal.core.errors import UserError
+from foveal.graphs3d.calculator import FovealCalculator
+from foveal.graphs3d.data.labelled import Corruption, LabelledGraphs, collate_labelled
+from foveal.graphs3d.models.equiformer_v3 import EquiformerV3, EquiformerV3Config
+from foveal.graphs3d.tasks.potential import PotentialTask
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "graphs3d").glob("*.yaml"))
+SMALL = {
+    "layers": 1, "channels": 8, "lmax": 2, "mmax": 2, "attention_hidden": 4, "heads": 2, "alpha_channels": 4, "value_channels": 4,
+    "ffn_hidden": 8, "edge_channels": 8, "radial": 8, "attention_grid": [8, 8], "ffn_grid": [8, 8], "cutoff": 4.0,
+}  # fmt: skip
+QUIET = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto", "--trainer.enable_progress_bar", "false"]
+
+
+def copper(count: int, seed: int = 0) -> list[ase.Atoms]:
+    frames = []
+    for index in range(count):
+        atoms = ase.build.bulk("Cu", "fcc", a=3.6, cubic=True)
+        atoms.rattle(0.1, seed=seed + index)
+        atoms.calc = EMT()
+        frame = atoms.copy()
+        frame.calc = SinglePointCalculator(frame, energy=atoms.get_potential_energy(), forces=atoms.get_forces(), stress=atoms.get_stress())
+        frames.append(frame)
+    return frames
+
+
+@pytest.fixture
+def files(tmp_path) -> Path:
+    ase.io.write(tmp_path / "train.extxyz", copper(8), format="extxyz")
+    ase.io.write(tmp_path / "hot.extxyz", copper(3, 100), format="extxyz")
+    return tmp_path
+
+
+@pytest.fixture
+def weights(tmp_path) -> Path:
+    torch.manual_seed(0)
+    task = PotentialTask(EquiformerV3(EquiformerV3Config(**SMALL, max_elements=60)))
+    task.references[29] = -3.0
+    task.scale.fill_(2.0)
+    return task.write(tmp_path / "start.safetensors")
+
+
+def settings(folder: Path, changes: dict | None = None) -> dict:
+    return {
+        "model": {
+            "class_path": "foveal.graphs3d.tasks.potential.PotentialTask",
+            "init_args": {
+                "network": {"class_path": f"{EquiformerV3.__module__}.EquiformerV3", "init_args": {"config": {**SMALL, "max_elements": 60}}},
+                "learning_rate": 0.005, "warmup": 0.1, **(changes or {}),
+            },
+        },
+        "data": {
+            "class_path": "foveal.graphs3d.data.files.StructureFiles",
+            "init_args": {"train": str(folder / "train.extxyz"), "validation": 0.25, "test": {"hot": str(folder / "hot.extxyz")}, "batch_size": 2},
+        },
+        "trainer": {"num_sanity_val_steps": 0, "log_every_n_steps": 1, "logger": False},
+        "best": {"monitor": "val/forces_mae"},
+    }  # fmt: skip
+
+
+def run(folder: Path, verb: str, config: dict, *more: str) -> FovealCLI:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return FovealCLI("graphs3d", [verb, "--config", str(path), "--runs", str(folder / "runs"), *QUIET, *more])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_trains_two_batches(path, files, weights):
+    config = yaml.safe_load(path.read_text())
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
+    if model.get("network") is None:
+        model["weights"] = str(weights)
+    else:
+        network = model["network"]["init_args"]["config"]
+        network |= {**SMALL, "max_elements": 60}
+    data |= {"train": str(files / "train.extxyz"), "validation": 0.25, "test": None, "batch_size": 2, "workers": 0}
+    cli = run(files, "fit", config, "--trainer.fast_dev_run", "2")
+    assert cli.trainer.global_step == 2
+    assert torch.isfinite(cli.trainer.callback_metrics[config["best"]["monitor"]])
+
+
+def test_no_config_holds_a_path_of_one_machine():
+    assert CONFIGS
+    for config in CONFIGS:
+        assert not [line for line in config.read_text().splitlines() if ": /" in line], config
+
+
+def test_training_learns_and_what_it_writes_is_a_calculator_in_ev(files):
+    cli = run(files, "fit", settings(files), "--trainer.max_epochs", "30")
+    written = cli.run_folder / "potential.safetensors"
+    calculator, atoms = FovealCalculator.from_pretrained(written, device="cpu"), copper(1)[0]
+    zero = np.abs(atoms.get_forces()).mean()
+    assert np.abs(calculator.batch([atoms])[0]["forces"] - atoms.get_forces()).mean() < 0.8 * zero
+    assert abs(calculator.batch([atoms])[0]["energy"] - atoms.get_potential_energy()) < 0.5
+    with pytest.raises(UserError, match=r"trained on \(Cu\); got Al"):
+        calculator.batch([ase.build.bulk("Al", "fcc", a=4.0)])
+    tested = run(files, "test", settings(files), "--ckpt_path", "last")
+    assert set(tested.trainer.callback_metrics) >= {"test/hot/energy_mae", "test/hot/forces_mae", "test/hot/stress_mae"}
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_weights(files, monkeypatch):
+    config = settings(files)
+    limits = ["--trainer.max_steps", "7", "--resume_point.every_n_steps", "1"]
+    whole = run(files, "fit", config, "--experiment", "whole", *limits)
+    learn = PotentialTask.training_step
+
+    def stopped(self, batch, index):
+        if self.global_step == 5:
+            raise KeyboardInterrupt
+        return learn(self, batch, index)
+
+    monkeypatch.setattr(PotentialTask, "training_step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(files, "fit", config, "--experiment", "parts", *limits)
+    monkeypatch.setattr(PotentialTask, "training_step", learn)
+    resumed = run(files, "fit", config, "--experiment", "parts", "--ckpt_path", "last", *limits)
+    assert resumed.trainer.global_step == 7
+    for one, other in zip(whole.model.network.parameters(), resumed.model.network.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_fine_tuning_starts_with_the_right_mean_energy(files, weights):
+    config = settings(files, {"network": None, "weights": str(weights), "learning_rate": 0.0})
+    cli = run(files, "fit", config, "--trainer.max_steps", "1")
+    assert float(cli.model.scale) == 2.0
+    frames = copper(8)
+    found = [one["energy"] for one in FovealCalculator.from_pretrained(cli.run_folder / "potential.safetensors", device="cpu").batch(frames)]
+    labels = [atoms.get_potential_energy() for atoms in frames]
+    assert np.mean(found) == pytest.approx(np.mean(labels), abs=0.3)
+    kept = run(files, "fit", settings(files, {"network": None, "weights": str(weights), "references": "keep"}), "--trainer.max_steps", "1")
+    assert float(kept.model.references[29]) == -3.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({}, "neither"), ({"network": EquiformerV3(EquiformerV3Config(**SMALL)), "references": "keep"}, "without weights")],
+)
+def test_task_without_what_it_needs_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        PotentialTask(**options)
+
+
+def test_denoising_has_the_noise_as_target_for_moved_atoms_and_forces_for_the_others():
+    torch.manual_seed(0)
+    config = EquiformerV3Config(**SMALL, max_elements=60, direct=True, denoising=True)
+    task = PotentialTask(EquiformerV3(config), forces_weight=3.0, denoising_weight=7.0)
+    batch = collate_labelled([LabelledGraphs(copper(2), 4.0, corruption=Corruption(1.0, 0.5, 0.05, max_ratio=1.0))[index] for index in range(2)])
+    prediction = task(batch).detach()
+    moved = batch.noise.corrupted
+    assert 0 < moved.sum() < len(moved)
+    error = torch.where(moved.unsqueeze(1), prediction.forces - batch.noise.shift, prediction.forces - batch.forces).norm(dim=1)
+    expected = (torch.where(moved, 7.0, 3.0) * error).mean()
+    assert float(task._losses(batch, prediction)["forces"]) == pytest.approx(float(expected), rel=1e-5)
+    assert "stress" not in task._losses(batch, prediction)
+
+
+def test_forces_of_fixed_atoms_are_not_learned():
+    task = PotentialTask(EquiformerV3(EquiformerV3Config(**SMALL, max_elements=60)))
+    batch = collate_labelled([LabelledGraphs(copper(1), 4.0)[0]])
+    prediction = task(batch).detach()
+    fixed = batch._replace(free=torch.tensor([True, False, True, True]))
+    wrong = fixed._replace(forces=batch.forces + 100 * (~fixed.free).unsqueeze(1))
+    assert torch.equal(task._losses(fixed, prediction)["forces"], task._losses(wrong, prediction)["forces"])
+    assert not torch.equal(task._losses(fixed, prediction)["forces"], task._losses(batch, prediction)["forces"])
+
+
+def test_weight_decay_leaves_embeddings_norms_and_biases_alone():
+    network = EquiformerV3(replace(EquiformerV3Config(**SMALL), max_elements=10))
+    task = PotentialTask(network)
+
+    class Steps:
+        estimated_stepping_batches = 100
+
+    task._trainer = Steps()  # type: ignore[assignment]
+    groups = task.configure_optimizers()["optimizer"].param_groups
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    plain = {names[id(parameter)] for parameter in groups[1]["params"]}
+    assert groups[1]["weight_decay"] == 0
+    assert {"embedding.weight", "norm.weight", "blocks.0.attention.logit_norm.weight", "blocks.0.feed.contract.bias"} <= plain
+    assert not {"blocks.0.attention.logit", "blocks.0.feed.contract.weight", "energy.0.weight"} & plain
+    assert len(names) == sum(len(group["params"]) for group in groups)
+
+
+def test_rate_rises_and_falls_to_a_hundredth_along_a_cosine():
+    task = PotentialTask(EquiformerV3(EquiformerV3Config(**SMALL)), warmup=0.1)
+
+    class Steps:
+        estimated_stepping_batches = 100
+
+    task._trainer = Steps()  # type: ignore[assignment]
+    rates = [task._rate(step) for step in range(101)]
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[50] == pytest.approx(0.01 + 0.99 * 0.5)
+    assert rates[100] == pytest.approx(0.01)
