@@ -1,4 +1,4 @@
-"""``foveal graphs3d``: energies, forces and stress of structures by an interatomic potential, and the authors' checkpoints."""
+"""``foveal graphs3d``: potentials of molecules and materials, the rows of a table worth keeping, relations of objects in rooms."""
 
 from __future__ import annotations
 
@@ -30,5 +30,47 @@ def evaluate(
     raise typer.Exit(
         evaluate_command(
             structures, checkpoint=checkpoint, output=output, device=device, dtype=dtype, overwrite=overwrite, as_json=as_json
+        )
+    )  # fmt: skip
+
+
+_Target = Annotated[str, typer.Option(help="Column of the classes.")]
+_Ignore = Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="A column not to select by, such as an identifier; repeatable.")]
+_Seed = Annotated[int, typer.Option(help="Of all that is random.")]
+_TableOverwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print the report for machines.")]
+
+
+@app.command()
+def select(
+    table: Annotated[Path, typer.Argument(help="csv, tsv or parquet; columns may be numbers, text, times and categories, with gaps.")],
+    target: _Target,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Table to write; default: TABLE_selected, here.")] = None,
+    reduction: Annotated[float | None, typer.Option(help="Share of the rows to leave out; default: 0.9.")] = None,
+    size: Annotated[int | None, typer.Option(help="Rows to keep, instead of --reduction.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Instead: accuracy that may be lost (0.01 is one point); as few rows as possible are kept.")
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="mini_batch, single_level, multi_level or multi_view.")] = None,
+    scoring: Annotated[str | None, typer.Option(help="both, attention or confidence.")] = None,
+    settings: Annotated[Path | None, typer.Option(help="File written by foveal graphs3d search.")] = None,
+    ignore: _Ignore = None,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Measure accuracy before and after on held-out rows, and draw.")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu, or cuda[:N].")] = "auto",
+    seed: _Seed = 0,
+    overwrite: _TableOverwrite = False,
+    as_json: _Json = False,
+) -> None:
+    """Keep the rows of a table that a classifier learns most from (GAIS); writes them and a report picture."""
+    from foveal.core.errors import UserError
+    from foveal.graphs3d.select import select_command
+
+    if sum(value is not None for value in (reduction, size, tolerance)) > 1:
+        raise UserError("expected one of --reduction, --size and --tolerance; got more; leave the others out")
+    given = {"reduction": reduction, "n_samples": size, "tolerance": tolerance, "variant": variant, "scoring": scoring, "device": device}
+    raise typer.Exit(
+        select_command(
+            table, target=target, output=output, ignore=ignore or [], settings=settings, parameters=given, report=report, seed=seed,
+            overwrite=overwrite, as_json=as_json,
         )
     )  # fmt: skip
