@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from foveal.apps.verbs import add_convert
+from foveal.apps.verbs import add_convert, add_training
 
 app = typer.Typer(rich_markup_mode=None)
 
+add_training(app, "graphs3d", "configs/graphs3d/relations_small.yaml")
 add_convert(app, "graphs3d")
 
 
