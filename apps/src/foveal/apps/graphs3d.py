@@ -75,3 +75,53 @@ def select(
             overwrite=overwrite, as_json=as_json,
         )
     )  # fmt: skip
+
+
+@app.command()
+def search(
+    table: Annotated[Path, typer.Argument(help="csv, tsv or parquet.")],
+    target: _Target,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Settings to write; default: TABLE_settings.json, here.")] = None,
+    trials: Annotated[int, typer.Option(help="Settings to try.")] = 30,
+    reduction: Annotated[float | None, typer.Option(help="Share of the rows to leave out; default: searched, too.")] = None,
+    variant: Annotated[str | None, typer.Option(help="mini_batch, single_level, multi_level or multi_view; default: searched, too.")] = None,
+    classifier: Annotated[str, typer.Option(help="kNN, SVM, random forest or gradient boosting.")] = "random forest",
+    ignore: _Ignore = None,
+    study: Annotated[Path | None, typer.Option(help="SQLite file that keeps the trials, so that a search can go on.")] = None,
+    seed: _Seed = 0,
+    overwrite: _TableOverwrite = False,
+) -> None:
+    """Search the settings of select on a table (Optuna); writes a file for select --settings."""
+    from foveal.graphs3d.search import search_command
+
+    raise typer.Exit(
+        search_command(
+            table, target=target, output=output, trials=trials, reduction=reduction, variant=variant, classifier=classifier, ignore=ignore or [],
+            study=study, seed=seed, overwrite=overwrite,
+        )
+    )  # fmt: skip
+
+
+@app.command()
+def ask(
+    scenes: Annotated[list[Path] | None, typer.Argument(help="Boxes in JSON or CSV (class, centre, size in metres), or folders of them.")] = None,
+    question: Annotated[
+        list[str] | None, typer.Option("-q", "--question", help='Such as "Which chair is nearest to the table?"; repeatable; default: drawn ones.')
+    ] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Ask about drawn rooms instead of files.")] = False,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights (.safetensors); default: the small trained network of the package.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: answers.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, or cuda[:N].")] = "auto",
+    seed: _Seed = 0,
+    overwrite: _TableOverwrite = False,
+    as_json: _Json = False,
+) -> None:
+    """Ask where objects stand to one another (left, nearest, between, above, largest, ...): answers by network and boxes, with a picture."""
+    from foveal.graphs3d.relations import ask_command
+
+    raise typer.Exit(
+        ask_command(
+            scenes or [], questions=question or [], demo=demo, checkpoint=checkpoint, output=output, device=device, seed=seed,
+            overwrite=overwrite, as_json=as_json,
+        )
+    )  # fmt: skip
