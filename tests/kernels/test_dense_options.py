@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveal.kernels import RelativeBias, attention, explain
+from foveal.kernels import RelativeBias, attention, explain, native
 from foveal.kernels.dense import op
 from foveal.kernels.dense.call import Call
 from foveal.kernels.testing import AttentionSample, assert_close_to_definition, attention_option_samples, leaves_of, relative_error
@@ -245,6 +245,20 @@ def test_dropout_without_a_seed_follows_torchs_generator() -> None:
     torch.manual_seed(3)
     assert torch.equal(first, weights_of())
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("seed", "dropout"), [(0, 0.1), (2**63 - 1, 0.5), (-5, 0.9), (123456789012345, 1 - 1e-12)])
+def test_dropout_in_c_draws_the_bits_of_the_torch_form(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, seed: int, dropout: float) -> None:
+    from foveal.kernels.dense import cpu_dropout
+
+    if native.load(cpu_dropout.SOURCE) is None:
+        pytest.skip(native.explain(cpu_dropout.SOURCE))
+    plane = torch.tensor([[0, 7], [2**31 + 3, 12]])
+    arguments = (torch.tensor([seed]), dropout, plane, (250, 283), (65_530, 65_600), dtype)
+    drawn = cpu_dropout.factors(*arguments)
+    monkeypatch.setattr(native, "load", lambda source: None)
+    assert torch.equal(drawn, cpu_dropout.factors(*arguments))
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
-import yaml
 from PIL import Image, ImageDraw
 
 from foveal.core.cli import FovealCLI
-from foveal.memes.data.features import Batch, Corpus, Encoding, MemeFeatures, leaked
+from foveal.memes.data.features import Batch, Corpus, MemeFeatures, leaked
 from foveal.memes.data.records import Meme
 from foveal.memes.models.tcrnet import TCRNetConfig
 from foveal.memes.scoring import Network
@@ -58,35 +58,67 @@ def test_a_run_learns_reports_and_becomes_weights_that_score_the_same(harmeme, t
     assert report["memes"] == 24
     low, high = report["intervals"]["harmful/auroc"]
     assert low <= report["all"]["harmful/auroc"] <= high
-    assert {path.name for path in tmp_path.rglob("harmful_*.png")} == {"harmful_calibration.png", "harmful_confusion.png", "harmful_curves.png"}
+    for stage in ("val", "test"):  # the last validation of the training, and the test
+        pictures = {path.stem.removeprefix(f"{stage}-harmful-") for path in tmp_path.rglob(f"{stage}-harmful-*.png")}
+        assert pictures == {"calibration", "confusion", "curves"}
     network = Network.from_pretrained(export(checkpoint, tmp_path / "w.safetensors"), "cpu")
     assert network.calibration.fitted_on == 40
     garden, drum = network.probabilities([Meme("a", "a quiet garden number 5"), Meme("b", "a very loud drum number 5")])[1]
     assert garden < drum
 
 
-def test_the_papers_recipe_trains_on_vectors_of_its_sizes() -> None:
-    settings = yaml.safe_load((CONFIGS / "tcrnet_paper.yaml").read_text())["model"]["init_args"]
-    task = MemeTask(
-        TCRNetConfig(**settings["network"]), settings["classes"], Encoding(**settings["encoding"]), learning_rate=settings["learning_rate"]
-    )
-    generator = torch.Generator().manual_seed(0)
-    batch = Batch(
-        {name: torch.randn(4, 768, generator=generator) for name in ("text", "image", "reason")},
-        {name: torch.ones(4, dtype=torch.bool) for name in ("text", "image", "reason")},
-        {"dark": torch.tensor([0, 1, 1, 0]), "target": torch.tensor([-100, 2, 5, -100]), "intensity": torch.tensor([-100, 0, 2, -100])},
-        torch.arange(4),
-    )
-    optimizer = task.configure_optimizers()
-    losses = []
-    for _ in range(3):
-        loss = task._loss(task(batch).logits, batch.labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert optimizer.defaults["lr"] == 2e-5
-    assert losses[-1] < losses[0]
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory) -> dict[str, str]:
+    """Folders that transformers loads as it loads the paper's encoders, of 768-wide networks with one layer and random weights."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoders")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "the", "cat", "dog", "sat", "on", "mat", "because", "it", "is", "loud", "quiet"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    layer = {"hidden_size": 768, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    networks = {
+        "bert": transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **layer)),
+        "mpnet": transformers.MPNetModel(transformers.MPNetConfig(vocab_size=len(words), **layer)),
+        "vit": transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=16, **layer)),
+    }
+    for name, network in networks.items():
+        network.save_pretrained(folder / name)
+        if name == "vit":
+            transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / name)
+        else:
+            transformers.BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder / name)
+    return {name: str(folder / name) for name in networks}
+
+
+def test_the_papers_recipe_trains_from_the_corpus_own_files(encoders, tmp_path) -> None:
+    """Tables and pictures as D-HUMOR's authors give them, through BERT, ViT and MPNet, to a report of all three tasks."""
+    (tmp_path / "images").mkdir()
+    for part, count in (("Train", 40), ("Test", 12)):
+        rows = []
+        for place in range(count):
+            dark, name = place % 2, f"{part}{place}.png"
+            Image.new("RGB", (40, 30), (40 * dark, 10 * (place % 20), 90)).save(tmp_path / "images" / name)
+            words = f"the {('cat', 'dog')[dark]} sat on a mat {place}"
+            target, intensity = (place % 6, 1 + place % 3) if dark else ("", "")
+            explanation = f"because it is {('quiet', 'loud')[dark]}"
+            rows.append({"post id": name, "Text": words, "Explanation1": explanation, "Dark": dark, "Target": target, "Intensity": intensity})
+        pandas.DataFrame(rows).to_excel(tmp_path / f"{part}-Data.xlsx", index=False)
+    options = ["--config", str(CONFIGS / "tcrnet_paper.yaml"), "--runs", str(tmp_path / "runs"), "--data.init_args.cache", ""]
+    for name, part in (("train", "Train"), ("test", "Test")):
+        corpus = {"kind": "dhumor", "file": str(tmp_path / f"{part}-Data.xlsx"), "images": str(tmp_path / "images")}
+        options += [f"--data.init_args.{name}", json.dumps([corpus])]
+    for side in ("model", "data"):
+        encoding = {"text": f"{encoders['bert']}/cls/128", "reasons": f"{encoders['mpnet']}/cls/128", "image": encoders["vit"], "reason": "none"}
+        options += [f"--{side}.init_args.encoding", json.dumps(encoding)]
+    options += ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+    cli = FovealCLI("memes", ["fit", *options])
+    assert cli.trainer.optimizers[0].defaults["lr"] == 2e-5
+    assert cli.trainer.current_epoch == 5
+    assert cli.datamodule.train.vectors["reason"].shape[1] == cli.datamodule.train.vectors["image"].shape[1] == 768
+    assert not torch.equal(cli.datamodule.train.vectors["text"], cli.datamodule.train.vectors["reason"])
+    FovealCLI("memes", ["test", *options, "--ckpt_path", "best"])
+    report = json.loads(next((tmp_path / "runs").rglob("test.json")).read_text())
+    assert {name.split("/")[0] for name in report["all"]} == {"dark", "target", "intensity"}
 
 
 def test_memes_without_a_tasks_label_do_not_count_for_it() -> None:

@@ -32,7 +32,7 @@ from foveal.core.cli import FovealCLI
 from foveal.core.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs" / "audio").glob("mambattention*.yaml"))
-TINY = MambAttentionConfig(fft=64, window=64, hop=32, channels=8, heads=2, blocks=1, state=4, expansion=1, dense_layers=2, turns_phase=True)
+TINY = MambAttentionConfig(fft=64, window=64, hop=32, channels=8, heads=2, blocks=1, state=4, expansion=1, dense_layers=2, residual=True)
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,

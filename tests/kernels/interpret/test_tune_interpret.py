@@ -47,3 +47,23 @@ def test_the_launcher_runs_with_what_tuning_wrote(monkeypatch: pytest.MonkeyPatc
     tunable.run(tunable.inputs(torch.device("cpu")), "triton")
     assert seen[0] == 2
     assert 2 not in seen[1:], "the backward kernels have no tuned entry"
+
+
+def test_dense_attention_launches_tuned_tiles_and_shortens_them_for_short_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    from foveal.kernels import attention
+    from foveal.kernels.dense import triton
+
+    configurations.save("dense", "interpreter", {"forward float32 32": {"queries": 128, "keys": 32}, "forward_modified float32 32": {"keys": 16}})
+    seen = []
+    run = triton._Launch.run
+
+    def watched(self: Any, kernel: Any, programs: int, tiles: Any, **own: Any) -> None:
+        seen.append((tiles.queries, tiles.keys))
+        run(self, kernel, programs, tiles, **own)
+
+    monkeypatch.setattr(triton._Launch, "run", watched)
+    draw = torch.Generator().manual_seed(0)
+    for length, bias in ((130, None), (40, None), (40, torch.randn(40, 40, generator=draw))):
+        q = torch.randn(1, 1, length, 24, generator=draw)
+        torch.testing.assert_close(attention(q, q, q, bias=bias, backend="triton"), attention(q, q, q, bias=bias, backend="reference"))
+    assert seen == [(128, 32), (64, 32), (64, 16)]

@@ -20,7 +20,9 @@ from foveal.core.errors import UserError
 DOMAINS = {
     "audio": "Separate speakers, take noise from speech, speak a text.",
     "eeg": "Turn EEG into tokens and classes.",
+    "detection": "Find objects in pictures and videos, with YOLOv13.",
     "memes": "Score memes for dark humour and harm, with reasons.",
+    "medical": "Segment and restore volumes and pictures, in their own geometry.",
     "graphs3d": "Predict energy, forces and stress of molecules and materials.",
 }
 

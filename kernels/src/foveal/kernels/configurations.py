@@ -1,7 +1,7 @@
 """The tiling that a kernel is launched with: what `tune` measured on this GPU, or else the family's shipped table.
 
 A launcher asks one question, `tiling(family, kernel, tensor, width, shipped)`; nothing is ever measured in a model's run. Tuned tilings
-live in the user's cache, one file a family and GPU, named by the GPU, the triton version and the text of the family's ``triton.py``: a new
+live in the user's cache, one file a family and GPU, named by the GPU, the triton version and the text of the family's kernels: a new
 driver card, compiler or kernel starts from the shipped table again. ``FOVEAL_TUNED=0`` ignores them.
 """
 
@@ -88,8 +88,9 @@ def triton_version() -> str:
 
 @functools.cache
 def _source_hash(family: str) -> str:
-    source = Path(__file__).parent / family / "triton.py"
-    return hashlib.sha256(source.read_bytes()).hexdigest()[:12]
+    """Of every file of the family that holds kernels: triton.py, and those that it imports them from."""
+    sources = [path.read_bytes() for path in sorted((Path(__file__).parent / family).glob("*.py"))]
+    return hashlib.sha256(b"".join(source for source in sources if b"import triton" in source)).hexdigest()[:12]
 
 
 def tuned_file(family: str, device: str) -> Path:

@@ -159,18 +159,18 @@ def _entry(kernel: str, architecture: str, itemsize: int, wide: int, crowded: bo
 def constants(q: Tensor, value_dim: int) -> dict[str, Any]:
     """Dimensions and arithmetic of a call, as the kernels' constexpr arguments."""
     upcast = interpreting() and q.dtype == torch.bfloat16
-    return {**dimensions(q.shape[-1], value_dim), "UPCAST": upcast, "DOT": tl.float32 if upcast else _DTYPES[q.dtype], "PRECISION": _precision()}
+    return {**dimensions(q.shape[-1], value_dim), "UPCAST": upcast, "DOT": tl.float32 if upcast else _DTYPES[q.dtype], "PRECISION": precision()}
 
 
 def dimensions(dim: int, value_dim: int) -> dict[str, int]:
     return {"DIM": dim, "VALUE_DIM": value_dim, "WIDTH": width(dim), "VALUE_WIDTH": width(value_dim)}
 
 
-def _precision() -> str:
-    """How float32 enters the matrix units: exactly, or in three TF32 products that come close; in one where torch is told so."""
+def precision(*, close: bool = False) -> str:
+    """How float32 enters the matrix units: exactly, or in three TF32 products that come close; in one where torch is told so, but for `close`."""
     if interpreting() or torch.version.hip is not None:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 and not close else "tf32x3"
 
 
 def launch(kernel: Any, programs: int, tiles: Tiling, arguments: Mapping[str, Any]) -> None:

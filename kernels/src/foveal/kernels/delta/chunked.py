@@ -140,6 +140,7 @@ def titans(
     initial_state: tuple[Tensor, Tensor] | None,
     scale: float,
     chunk_size: int,
+    walk: Walk = walk,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """(output in v's dtype, (memory, momentum)); arguments as in the definition."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -164,7 +165,7 @@ def titans(
         key_out = torch.cat([in_memory[..., -1, :, None] * key, in_momentum[..., None] * key], -1)
         end = entering[..., -1, :]
         mixing = torch.stack([torch.stack([end[..., 0], end[..., 1]], -1), torch.stack([torch.zeros_like(end[..., 2]), end[..., 2]], -1)], -2)
-        out, state = run(query, key, value, Chunks(meets, scale * in_memory, key_in, query_in, key_out, mixing), state)
+        out, state = run(query, key, value, Chunks(meets, scale * in_memory, key_in, query_in, key_out, mixing), state, walk)
         outputs.append(out)
     memory, momentum = state.split(dim, 2)
     return torch.cat(outputs, 2).to(v.dtype), (memory, momentum)

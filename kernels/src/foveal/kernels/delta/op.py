@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 #: Largest head dimension and chunk whose products the Triton kernels keep on chip.
 LARGEST_TRITON_DIM, LARGEST_TRITON_CHUNK = 128, 16
-_NO_TRITON = "it has no Triton kernel: its chunks are matrix products, which torch does on every device"
 
 
 def gated_delta_rule(
@@ -155,7 +154,8 @@ def titans(
         output_final_state: also return (memory, momentum) after the last token: feed it to the next call, or to `titans_step`.
         chunk_size: tokens that the chunked form treats at once; results differ by rounding only.
         layout: "bhnd" as above, or "bnhd": all tensors but states have length before heads.
-        backend: "torch" or "reference"; torch by default.
+        backend: "triton", "torch" or "reference"; by default the first that can (`foveal.kernels.explain` says which and why). The Triton form
+            has no second gradients.
 
     Returns:
         Output (batch, heads, length, value_dim) in v's dtype and, if asked for, (memory, momentum) in float32 or float64.
@@ -174,12 +174,13 @@ def titans(
     for name, state in zip(("memory", "momentum"), initial_state or (None, None), strict=True):
         _check_state(name, state, (*q.shape[:2], q.shape[3], v.shape[3]))
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
-    chosen = choose("titans", _TITANS_CANDIDATES, backend)
+    chosen = choose("titans", _titans_candidates(q, k, v, theta, alpha, eta, initial_state, chunk_size), backend)
     with torch.autocast(q.device.type, enabled=False):
         if chosen == "reference":
             out, states = titans_reference(q, k, v, theta, alpha, eta, initial_state, scale)
         else:
-            out, states = chunked.titans(q, k, v, theta, alpha, eta, initial_state, scale, chunk_size)
+            walk = _walk_in_triton if chosen == "triton" else chunked.walk
+            out, states = chunked.titans(q, k, v, theta, alpha, eta, initial_state, scale, chunk_size, walk)
     out = out.transpose(1, 2) if layout == "bnhd" else out
     return (out, states) if output_final_state else out
 
@@ -279,23 +280,32 @@ def _cast(q: Tensor, k: Tensor, v: Tensor, normalize_qk: bool) -> tuple[Tensor, 
     return (F.normalize(q, dim=-1), F.normalize(k, dim=-1), v) if normalize_qk else (q, k, v)
 
 
+def _why_no_walk_in_triton(chunk_size: int, q: Tensor, *tensors: Tensor | None) -> str | None:
+    """Reason why the kernel that walks from chunk to chunk cannot take the call, or None."""
+    reason = why_not_triton(q, *tensors)
+    if reason is None and q.shape[3] > LARGEST_TRITON_DIM:
+        reason = f"it takes head dimensions up to {LARGEST_TRITON_DIM}, this one is {q.shape[3]}"
+    if reason is None and chunk_size > LARGEST_TRITON_CHUNK:
+        reason = f"it takes chunks of up to {LARGEST_TRITON_CHUNK} tokens, these are of {chunk_size}"
+    return reason
+
+
 def _candidates(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None, chunk_size: int) -> Candidates:
-    triton = why_not_triton(q, k, v, beta, g, initial_state)
-    if triton is None and q.shape[3] > LARGEST_TRITON_DIM:
-        triton = f"it takes head dimensions up to {LARGEST_TRITON_DIM}, this one is {q.shape[3]}"
-    if triton is None and chunk_size > LARGEST_TRITON_CHUNK:
-        triton = f"it takes chunks of up to {LARGEST_TRITON_CHUNK} tokens, these are of {chunk_size}"
     on_cpu = q.device.type == "cpu"
     c = cpu.why_not() if on_cpu else f"it needs tensors on the CPU, these are on {q.device.type}"
+    triton = _why_no_walk_in_triton(chunk_size, q, k, v, beta, g, initial_state)
     return [("triton", triton), ("cpu", c), ("torch", None), ("reference", None)]
 
 
-_TITANS_CANDIDATES: Candidates = [
-    ("torch", None),
-    ("reference", None),
-    ("cpu", "it has no C form: its chunks are matrix products, which torch does"),
-    ("triton", _NO_TRITON),
-]
+def _titans_candidates(
+    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, alpha: Tensor, eta: Tensor, states: tuple[Tensor, Tensor] | None, chunk_size: int
+) -> Candidates:
+    return [
+        ("triton", _why_no_walk_in_triton(chunk_size, q, k, v, theta, alpha, eta, *(states or ()))),
+        ("torch", None),
+        ("reference", None),
+        ("cpu", "it has no C form: its chunks are matrix products, which torch does"),
+    ]
 
 
 def _delta_candidates(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None, *, layout: str = "bhnd", **options: Any) -> Candidates:
@@ -311,7 +321,19 @@ def _delta_candidates(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor |
 
 gated_delta_rule.candidates = _delta_candidates  # type: ignore[attr-defined]
 delta_rule.candidates = _delta_candidates  # type: ignore[attr-defined]
-titans.candidates = lambda *args, **options: _TITANS_CANDIDATES  # type: ignore[attr-defined]
+
+
+def _public_titans_candidates(q: Tensor, k: Tensor, v: Tensor, theta: Tensor, alpha: Tensor, eta: Tensor, **options: Any) -> Candidates:
+    known = {"scale", "normalize_qk", "initial_state", "output_final_state", "chunk_size", "layout"}
+    if unknown := set(options) - known:
+        raise TypeError(f"titans has no argument {', '.join(map(repr, sorted(unknown)))}")
+    if _swapped(options.get("layout", "bhnd")):
+        q, k, v, theta, alpha, eta = (t.transpose(1, 2) for t in (q, k, v, theta, alpha, eta))
+    _check(q, k, v, {"theta": theta, "alpha": alpha, "eta": eta}, options.get("chunk_size", 16))
+    return _titans_candidates(q, k, v, theta, alpha, eta, options.get("initial_state"), options.get("chunk_size", 16))
+
+
+titans.candidates = _public_titans_candidates  # type: ignore[attr-defined]
 
 
 # --- registration --------------------------------------------------------------------------------------------------------------------
@@ -429,7 +451,7 @@ def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
 def delta_walk_forward(
     from_values: Tensor, from_state: Tensor, seen: Tensor, query_in: Tensor, key_out: Tensor, kept: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`chunked.walk` by the Triton kernel, kept (batch, heads, chunks): outputs, last state, errors, states entering each chunk; float32."""
+    """`chunked.walk` by the Triton kernel: outputs, last state, errors, states entering each chunk; float32."""
     return _implementation("triton").walk_forward(from_values, from_state, seen, query_in, key_out, kept, state)
 
 
@@ -454,13 +476,14 @@ def delta_walk_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the arguments of `delta_walk_forward`: a walk back by the Triton kernel, then products of all chunks at once."""
     derrors, dleaving, dstate = _implementation("triton").walk_backward(dout, dlast, from_state, seen, query_in, key_out, kept)
+    left, came = (t.unflatten(3, (kept.shape[-1], -1)).flatten(4) for t in (dleaving, entering))  # (..., parts, rows and values of a part)
     return (
         derrors,
         -derrors @ entering.mT,
         dout @ errors.mT,
         dout @ entering.mT,
         errors @ dleaving.mT,
-        (dleaving * entering).sum((-1, -2)),
+        left @ came.mT,
         dstate,
     )
 
@@ -484,5 +507,5 @@ delta_walk_forward.register_autograd(_differentiate_walk, setup_context=_remembe
 def _walk_in_triton(
     from_values: Tensor, from_state: Tensor, seen: Tensor, query_in: Tensor, key_out: Tensor, kept: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    out, last, _, _ = delta_walk_forward(from_values, from_state, seen, query_in, key_out, kept[..., 0, 0], state)
+    out, last, _, _ = delta_walk_forward(from_values, from_state, seen, query_in, key_out, kept, state)
     return out, last

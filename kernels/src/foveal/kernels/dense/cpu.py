@@ -39,9 +39,11 @@ def forward(call: Call, out: Float[Tensor, "batch heads query value_dim"], lse: 
             bucket.put_queries(out, part_out)
             bucket.put_queries(lse, part_lse)
         return
-    out.zero_()
+    empty = 0 in (*call.q.shape, *call.k.shape)
+    if empty or call.left >= 0 or call.right >= 0:  # rows that see no key are in no block
+        out.zero_()
     lse.fill_(float("-inf") if call.normalize == "sum" else cpu_tiles.log_divisor(call))
-    if 0 not in (*call.q.shape, *call.k.shape):
+    if not empty:
         call = _bounded(call)
         if _flash_serves(call) and max(call.q.shape[2], call.k.shape[2]) > SHORT:
             cpu_flash.forward(call, out, lse)

@@ -45,17 +45,12 @@ def _pieces(call: Call) -> Iterator[_Piece]:
         row = torch.broadcast_shapes(*by_pair, *((*planes, queries, keys) for planes in built), (1, 1, 1, 1))
         if row[-2] > 1:
             rows = min(rows, max(16, COMBINED // (row[0] * row[1] * row[3])))
+    by_head = {name: t for name in ("bias", "mask", "alibi", "table") if (t := getattr(call, name)) is not None and t.shape[1] > 1}
     for block in row_blocks(queries, keys, left, right, rows):
         beyond = outside(block, queries, keys, left, right) if block.edge else None
         for index in range(group):
             member = slice(index, None, group)
-            own = call.replace(
-                **{
-                    name: tensor[:, member]
-                    for name in ("bias", "mask", "alibi", "table")
-                    if (tensor := getattr(call, name)) is not None and tensor.shape[1] > 1
-                }
-            )
+            own = call.replace(**{name: tensor[:, member] for name, tensor in by_head.items()}) if by_head else call
             yield _Piece(member, block, _additive(own, block, beyond), causal)
 
 
@@ -94,7 +89,7 @@ def _shut_rows(additive: Tensor, keys: int, causal: bool) -> Tensor:
 
 
 def forward(call: Call, out: Tensor, lse: Tensor) -> None:
-    """Fill `out` and `lse`, which hold 0 and -inf."""
+    """Fill the rows of `out` and `lse` that see a key."""
     value_dim = call.v.shape[-1]
     q = call.q if call.temperature is None else call.q / call.temperature[..., None]
     q, k, v = _same_dim(q, call.k, call.v)

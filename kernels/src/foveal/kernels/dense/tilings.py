@@ -26,20 +26,20 @@ TILINGS: dict[tuple[str, str, int], tuple[Tiling, Tiling, Tiling]] = {
     ("forward", "ampere", 2): (Tiling(128, 32, 4, 2), Tiling(128, 64, 8, 2), Tiling(64, 32, 4, 2)),
     ("forward", "hopper", 2): (Tiling(128, 64, 4, 3), Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2)),
     ("forward", "cdna", 2): (Tiling(128, 64, 4, 1), Tiling(128, 64, 8, 1), Tiling(64, 32, 8, 1)),
-    ("forward", "ampere", 4): (Tiling(64, 32, 4, 2), Tiling(64, 32, 8, 2), Tiling(16, 16, 4, 1)),
-    ("forward", "hopper", 4): (Tiling(64, 32, 4, 2), Tiling(64, 32, 8, 2), Tiling(16, 16, 4, 1)),
+    ("forward", "ampere", 4): (Tiling(64, 32, 4, 2), Tiling(64, 32, 8, 2), Tiling(16, 16, 8, 1)),
+    ("forward", "hopper", 4): (Tiling(64, 32, 4, 2), Tiling(64, 32, 8, 2), Tiling(16, 16, 8, 1)),
     ("forward", "cdna", 4): (Tiling(64, 32, 4, 1), Tiling(64, 32, 8, 1), Tiling(32, 16, 4, 1)),
     ("key_gradients", "ampere", 2): (Tiling(64, 64, 4, 2), Tiling(32, 64, 8, 2), Tiling(32, 64, 8, 1, True)),
-    ("key_gradients", "hopper", 2): (Tiling(64, 64, 4, 2), Tiling(64, 64, 8, 2), Tiling(32, 64, 8, 1, True)),
+    ("key_gradients", "hopper", 2): (Tiling(64, 64, 8, 2), Tiling(32, 64, 8, 2), Tiling(32, 32, 8, 1, True)),
     ("key_gradients", "cdna", 2): (Tiling(32, 64, 4, 1), Tiling(32, 64, 8, 1), Tiling(16, 32, 4, 1, True)),
-    ("key_gradients", "ampere", 4): (Tiling(32, 32, 4, 1), Tiling(16, 32, 4, 1, True), Tiling(16, 16, 4, 1, True)),
-    ("key_gradients", "hopper", 4): (Tiling(32, 32, 4, 1), Tiling(16, 32, 4, 1, True), Tiling(16, 16, 4, 1, True)),
+    ("key_gradients", "ampere", 4): (Tiling(32, 32, 4, 1), Tiling(16, 16, 4, 1, True), Tiling(16, 16, 8, 1, True)),
+    ("key_gradients", "hopper", 4): (Tiling(32, 32, 4, 1), Tiling(16, 16, 4, 1, True), Tiling(16, 16, 8, 1, True)),
     ("key_gradients", "cdna", 4): (Tiling(32, 32, 4, 1), Tiling(16, 32, 4, 1, True), Tiling(16, 16, 4, 1, True)),
     ("query_gradients", "ampere", 2): (Tiling(64, 64, 4, 2), Tiling(64, 32, 4, 2), Tiling(64, 32, 8, 1)),
-    ("query_gradients", "hopper", 2): (Tiling(64, 64, 4, 2), Tiling(64, 64, 8, 2), Tiling(64, 32, 8, 1)),
+    ("query_gradients", "hopper", 2): (Tiling(64, 64, 4, 2), Tiling(64, 64, 8, 2), Tiling(32, 32, 8, 1)),
     ("query_gradients", "cdna", 2): (Tiling(64, 32, 4, 1), Tiling(64, 32, 8, 1), Tiling(32, 16, 4, 1)),
-    ("query_gradients", "ampere", 4): (Tiling(32, 32, 4, 1), Tiling(32, 16, 4, 1), Tiling(16, 16, 4, 1)),
-    ("query_gradients", "hopper", 4): (Tiling(32, 32, 4, 1), Tiling(32, 16, 4, 1), Tiling(16, 16, 4, 1)),
+    ("query_gradients", "ampere", 4): (Tiling(32, 32, 4, 1), Tiling(16, 16, 4, 1), Tiling(16, 16, 8, 1)),
+    ("query_gradients", "hopper", 4): (Tiling(32, 32, 4, 1), Tiling(16, 16, 4, 1), Tiling(16, 16, 8, 1)),
     ("query_gradients", "cdna", 4): (Tiling(32, 32, 4, 1), Tiling(32, 16, 4, 1), Tiling(16, 16, 4, 1)),
 }
 
@@ -54,22 +54,29 @@ def architecture(device: torch.device) -> str:
     return "hopper" if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9 else "ampere"
 
 
-def tiling(kernel: str, architecture: str, itemsize: int, width: int, queries: int, keys: int, *, modified: bool) -> Tiling:
-    """The table's entry, its tiles no longer than the sequences need (16 is the least a matrix instruction takes).
+def tiling(kernel: str, architecture: str, itemsize: int, width: int, *, modified: bool) -> Tiling:
+    """The table's entry for a kernel.
 
-    What changes the logits takes as many registers as they do: one side of their tile is halved for it, and `key_gradients`, which holds two
+    What changes the logits takes as many registers as they do, and what it loads a second stage of the pipeline would hold twice. So the
+    tile is halved for it, on both sides where a wide head's sums leave less room, and runs in one stage; `key_gradients`, which holds two
     sums besides, spreads over eight warps.
     """
     if interpreting():  # a tile costs the same whatever its size
-        entry = Tiling(64, 64, 4, 1, split=width > 64)
-    else:
-        entry = TILINGS[kernel, architecture, itemsize][0 if width <= 64 else 1 if width <= 128 else 2]
-    if modified:
-        rows, columns = (entry.queries, entry.keys // 2) if kernel == "query_gradients" else (entry.queries // 2, entry.keys)
-        warps = 8 if kernel == "key_gradients" and itemsize == 2 else entry.warps
-        entry = replace(entry, queries=max(16, rows), keys=max(16, columns), warps=warps)
-    shortest = [max(16, triton.next_power_of_2(length)) for length in (queries, keys)]
-    return Tiling(min(entry.queries, shortest[0]), min(entry.keys, shortest[1]), entry.warps, entry.stages, entry.split)
+        return Tiling(64, 64, 4, 1, split=width > 64)
+    entry = TILINGS[kernel, architecture, itemsize][0 if width <= 64 else 1 if width <= 128 else 2]
+    if not modified:
+        return entry
+    if kernel == "query_gradients":
+        return replace(entry, keys=max(16, entry.keys // 2), stages=1)
+    if kernel == "forward":
+        return replace(entry, queries=max(16, entry.queries // 2), keys=max(16, entry.keys // (1 if width <= 64 else 2)), stages=1)
+    least, warps = (32, 8) if itemsize == 2 else (16, entry.warps)
+    return replace(entry, queries=max(least, entry.queries // 2), warps=warps, stages=1)
+
+
+def shortened(tiles: Tiling, queries: int, keys: int) -> Tiling:
+    """The tiles, no longer than the sequences need; 16 is the least that a matrix instruction takes."""
+    return replace(tiles, queries=min(tiles.queries, width(queries)), keys=min(tiles.keys, width(keys)))
 
 
 def width(dim: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -9,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foveal.kernels.configurations import tiling as tuned
 from foveal.kernels.dense.call import Call
 from foveal.kernels.dense.kernels import (
     RowGradients,
@@ -23,12 +26,13 @@ from foveal.kernels.dense.kernels import (
 from foveal.kernels.dense.logits import Features, Inputs, Matrix, Pairs, Sizes
 from foveal.kernels.dense.philox import threshold
 from foveal.kernels.dense.reference import entry_of_pair
-from foveal.kernels.dense.tilings import COMPILED_FOR, TILINGS, Tiling, architecture, tiling, width, window_tiling
+from foveal.kernels.dense.tilings import COMPILED_FOR, TILINGS, Tiling, architecture, shortened, tiling, width, window_tiling
 from foveal.kernels.dense.windows import backward_windows_kernel, forward_windows_kernel
 from foveal.kernels.dispatch import interpreting
 
 if TYPE_CHECKING:
     from foveal.kernels.testing.compile import CompileCase
+    from foveal.kernels.tune import Tunable
 
 #: Longest sequence of which several run in one program, how many, and the fewest (sequence, head) pairs for which that fills a GPU.
 SHORT, WINDOWS, MANY = 64, 4, 1024
@@ -123,8 +127,10 @@ class _Launch:
     def tiling(self, kernel: str) -> Tiling:
         """Tile sizes of one kernel for this call."""
         wider = max(self.features.width, self.features.value_width)
-        itemsize = self.call.q.element_size()
-        return tiling(kernel, architecture(self.device), itemsize, wider, self.queries, self.keys, modified=self.features.modified)
+        modified = self.features.modified
+        shipped = tiling(kernel, architecture(self.device), self.call.q.element_size(), wider, modified=modified)
+        chosen = tuned("dense", f"{kernel}_modified" if modified else kernel, self.call.q, wider, asdict(shipped))
+        return shortened(Tiling(**chosen), self.queries, self.keys)
 
     @property
     def windows(self) -> bool:
@@ -312,25 +318,24 @@ def _shared_table_gradient(launch: _Launch, shared: dict[str, Matrix], dtable: T
 
 # --- the compile check ---------------------------------------------------------------------------------------------------------------
 
-#: Head dimension, dtype and variant of what is compiled: each entry of the table, and each option's code at least once.
+#: Head dimension, dtype and variant of what is compiled: each entry of the table, plain and modified, and each option's code at least once.
 _COMPILED_2_BYTES = [
-    (16, "fp16", "all"),
     (64, "fp16", "plain"),
     (64, "fp16", "all"),
     (64, "bf16", "curved"),
     (64, "bf16", "positions"),
     (64, "bf16", "dropout"),
     (64, "bf16", "varlen"),
-    (100, "bf16", "bias"),
     (128, "fp16", "plain"),
     (128, "bf16", "all"),
     (256, "bf16", "plain"),
     (256, "fp16", "all"),
 ]
-_COMPILED_4_BYTES = [(32, "fp32", "all"), (64, "fp32", "positions"), (128, "fp32", "all"), (256, "fp32", "all")]
+_COMPILED_4_BYTES = [(64, "fp32", "all"), (100, "fp32", "all"), (256, "fp32", "all")]
+#: Options whose code takes no tiling of its own: once for each kind of matrix unit is enough.
+_COMPILED_ONCE = ("curved", "dropout", "varlen")
 _VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "bias": {"bias": True},
     "all": {"bias": True, "mask": True, "left": True, "right": True},
     "curved": {"score": "softplus", "score_bias": True, "right": True},
     "positions": {"table": True, "alibi": True, "softcap": True, "temperature": True, "sinks": True, "gate": 2},
@@ -356,8 +361,11 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for name, arch, itemsize in TILINGS:
         for dim, dtype, variant in _COMPILED_4_BYTES if itemsize == 4 else _COMPILED_2_BYTES:
+            targets = tuple(target for target in COMPILED_FOR[arch] if variant not in _COMPILED_ONCE or target in ("sm_90", "gfx942"))
+            if not targets:
+                continue
             features = Features(dim, dim, width(dim), width(dim), dot=dtype, precision="ieee" if arch == "cdna" else "tf32x3", **_VARIANTS[variant])
-            tiles = tiling(name, arch, itemsize, features.width, 1024, 1024, modified=features.modified)
+            tiles = tiling(name, arch, itemsize, features.width, modified=features.modified)
             shared = {"F": features, "QUERIES": tiles.queries, "KEYS": tiles.keys, "DOT": _DTYPES[dtype]}
             for part in _parts(name, tiles, variant, dtype):
                 arguments = part.kernel.arg_names
@@ -374,7 +382,7 @@ def compile_cases() -> list[CompileCase]:
                         num_stages=tiles.stages,
                         divisible=[*_aligned("", signature)],
                         matrix=itemsize == 2 and part.kernel is not prepare_kernel,
-                        targets=COMPILED_FOR[arch],
+                        targets=targets,
                         quick=(dim == 64 and (dtype, variant) == ("bf16", "positions")) or (name, dim, variant) == ("forward", 64, "all"),
                     )
                 )
@@ -472,3 +480,50 @@ def _aligned(prefix: str, types: Any) -> list[str]:
         elif kind == "i32" and name in ("batch", "head", "row", "query"):
             found.append(f"{prefix}{name}")
     return found
+
+
+# --- tuning ----------------------------------------------------------------------------------------------------------------------------
+
+#: (queries, keys, warps, stages) of the tiles that `tune` tries, by kernel; `key_gradients` in one launch or in two.
+_TRIED = {
+    "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 64, 8, 1)),
+    "key_gradients": ((64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (32, 64, 4, 2), (32, 128, 8, 1)),
+    "query_gradients": ((64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 1), (128, 32, 8, 1)),
+}
+
+
+def tunables(*, toy: bool = False) -> list[Tunable]:
+    """The three kernels that walk, by head dim, as they are and with a bias that gets a gradient (`_modified`)."""
+    from foveal.kernels.tune import Tunable
+
+    batch, heads, length = (1, 2, 70) if toy else (8, 16, 1024)
+    found = []
+    for modified in (False, True):
+        for dim in (16,) if toy else (64, 128):
+
+            def inputs(device: torch.device, dim: int = dim, modified: bool = modified) -> list[Tensor]:
+                draw = torch.Generator().manual_seed(0)
+                dtype = torch.float32 if toy else torch.bfloat16
+                tensors = [torch.randn(batch, heads, length, dim, generator=draw).to(dtype) for _ in range(3)]
+                if modified:
+                    tensors.append(torch.randn(1, heads, length, length, generator=draw))
+                return [tensor.to(device).requires_grad_() for tensor in tensors]
+
+            for kernel, sizes in _TRIED.items():
+                tilings: list[dict[str, int]] = [
+                    {"queries": rows, "keys": columns, "warps": warps, "stages": stages, **({"split": split} if kernel == "key_gradients" else {})}
+                    for rows, columns, warps, stages in (sizes[1:3] if toy else sizes)
+                    for split in ((0, 1) if kernel == "key_gradients" else (0,))
+                ]
+                name = f"{kernel}_modified" if modified else kernel
+                found.append(Tunable("dense", name, torch.float32 if toy else torch.bfloat16, width(dim), tilings, inputs, _run_sample))
+    return found
+
+
+def _run_sample(tensors: Sequence[Tensor], backend: str) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    from foveal.kernels.dense.op import attention
+
+    q, k, v, *bias = tensors
+    out = attention(q, k, v, bias=bias[0] if bias else None, backend=backend)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return [out], torch.autograd.grad(out, list(tensors), weights)

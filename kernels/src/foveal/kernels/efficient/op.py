@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from foveal.kernels.dispatch import Candidates, choose
+from foveal.kernels.dispatch import Candidates, choose, why_not_triton
 from foveal.kernels.efficient import cpu
 from foveal.kernels.efficient.reference import efficient_attention_reference
 from foveal.kernels.library import fold_into_batch, operator
@@ -31,8 +31,8 @@ def efficient_attention(
 
     .. math:: o_n = s\, \mathrm{softmax}_d(q_n)^\top \sum_m \mathrm{softmax}_m(k_m)\, v_m^\top
 
-    The C form reads q, k and v where they lie, softmaxes over the strided sequence axis included, and is made for a great many short
-    sequences of narrow heads.
+    The C form and the Triton kernels read q, k and v where they lie, softmaxes over the strided sequence axis included, and are made for a
+    great many short sequences of narrow heads.
 
     Args:
         q: queries, (batch, heads, query, dim), softmaxed over dim.
@@ -41,7 +41,7 @@ def efficient_attention(
         mask: True where a key counts, (batch, key). Without any key that counts the output is 0.
         scale: s above; dim ** -0.5 by default.
         layout: "bhnd" as above, or "bnhd": q, k, v and the output have length before heads.
-        backend: "cpu" (C) or "reference" (torch, on every device); by default the first that can.
+        backend: "triton", "cpu" (C) or "reference" (torch, on every device); by default the first that can.
 
     Returns:
         Output (batch, heads, query, value_dim) in v's dtype. Softmaxes and sums are float32 (float64 for float64 inputs); under autocast q, k
@@ -60,18 +60,26 @@ def efficient_attention(
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     q, k, v = _prepare(q, k, v, mask)
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
-    if choose("efficient_attention", _candidates(q), backend) == "reference":
+    chosen = choose("efficient_attention", _candidates(q, k, v), backend)
+    if chosen == "reference":
         with torch.autocast(q.device.type, enabled=False):
             out = efficient_attention_reference(q, k, v, mask, scale)
     else:
-        out = efficient_forward(q, k, v, mask, scale, "cpu")
+        out = efficient_forward(q, k, v, mask, scale, chosen)
     return out.transpose(1, 2) if layout == "bnhd" else out
 
 
-def _candidates(q: Tensor) -> Candidates:
+#: Head and value dimensions whose summary of the values one program keeps in registers.
+LARGEST_TRITON_DIM = 64
+
+
+def _candidates(q: Tensor, k: Tensor, v: Tensor) -> Candidates:
     on_cpu = q.device.type == "cpu"
     c = cpu.why_not() if on_cpu else f"it needs tensors on the CPU, these are on {q.device.type}"
-    return [("cpu", c), ("reference", None), ("triton", "it has no Triton kernel: it is two softmaxes and two matrix products, which torch does")]
+    triton = why_not_triton(q, k, v)
+    if triton is None and max(q.shape[3], v.shape[3]) > LARGEST_TRITON_DIM:
+        triton = f"it takes dims up to {LARGEST_TRITON_DIM}, these are {q.shape[3]} and {v.shape[3]}: wide heads are torch's products"
+    return [("triton", triton), ("cpu", c), ("reference", None)]
 
 
 def _public_candidates(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Candidates:
@@ -79,7 +87,7 @@ def _public_candidates(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Candi
         raise TypeError(f"efficient_attention has no argument {', '.join(map(repr, sorted(unknown)))}")
     if options.get("layout") == "bnhd":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return _candidates(_prepare(q, k, v, options.get("mask"))[0])
+    return _candidates(*_prepare(q, k, v, options.get("mask")))
 
 
 efficient_attention.candidates = _public_candidates  # type: ignore[attr-defined]

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from foveal.kernels.dispatch import Candidates, choose
-from foveal.kernels.kronecker import tiled
+from foveal.kernels.dispatch import Candidates, choose, why_not_triton
 from foveal.kernels.kronecker.reference import kronecker_attention_reference
 from foveal.kernels.library import fold_into_batch, operator
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-_CANDIDATES: Candidates = [
-    ("torch", None),
-    ("reference", None),
-    ("cpu", "it has no C form: its tiles are matrix products, which torch does"),
-    ("triton", "it has no Triton kernel: its tiles are matrix products, which torch does on every device"),
-]
+#: Head and value dimensions whose rows the Triton kernels keep in registers.
+LARGEST_TRITON_DIM = 128
 
 
 def kronecker_attention(
@@ -56,7 +52,8 @@ def kronecker_attention(
         scale: s above; dim ** -0.5 by default.
         return_lse: also return the log-sum-exp of the logits, (batch, heads, query); it is differentiable.
         layout: "bhnd" as above, or "bnhd": q, keys, values and the output have length before heads.
-        backend: "torch" (tiled, on every device) or "reference" (all triples at once); torch by default.
+        backend: "triton", "torch" (tiled, on every device) or "reference" (all triples at once); by default the first that can
+            (`foveal.kernels.explain` says which and why).
 
     Returns:
         Output (batch, heads, query, value_dim) in v1's dtype, 0 for a query that sees no pair (log-sum-exp -inf). Everything inside is
@@ -76,13 +73,22 @@ def kronecker_attention(
         q, k1, k2, v1, v2 = (t.transpose(1, 2) for t in (q, k1, k2, v1, v2))
     q, k1, k2, v1, v2 = _prepare(q, k1, k2, v1, v2, mask1, mask2)
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
-    if choose("kronecker_attention", _CANDIDATES, backend) == "reference":
+    chosen = choose("kronecker_attention", _candidates(q, k1, k2, v1, v2), backend)
+    if chosen == "reference":
         with torch.autocast(q.device.type, enabled=False):
             out, lse = kronecker_attention_reference(q, k1, k2, v1, v2, mask1, mask2, causal, scale)
     else:
-        out, lse = kronecker_forward(q, k1, k2, v1, v2, mask1, mask2, causal, scale)
+        out, lse = kronecker_forward(q, k1, k2, v1, v2, mask1, mask2, causal, scale, chosen)
     out = out.transpose(1, 2) if layout == "bnhd" else out
     return (out, lse) if return_lse else out
+
+
+def _candidates(q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor) -> Candidates:
+    triton = why_not_triton(q, k1, k2, v1, v2)
+    if triton is None and max(q.shape[3], v1.shape[3]) > LARGEST_TRITON_DIM:
+        triton = f"it takes dims up to {LARGEST_TRITON_DIM}, these are {q.shape[3]} and {v1.shape[3]}"
+    c = "it has no C form: its tiles are matrix products, which torch does"
+    return [("triton", triton), ("torch", None), ("reference", None), ("cpu", c)]
 
 
 def _public_candidates(q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor, **options: Any) -> Candidates:
@@ -90,8 +96,7 @@ def _public_candidates(q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor
         raise TypeError(f"kronecker_attention has no argument {', '.join(map(repr, sorted(unknown)))}")
     if options.get("layout") == "bnhd":
         q, k1, k2, v1, v2 = (t.transpose(1, 2) for t in (q, k1, k2, v1, v2))
-    _prepare(q, k1, k2, v1, v2, options.get("mask1"), options.get("mask2"))
-    return _CANDIDATES
+    return _candidates(*_prepare(q, k1, k2, v1, v2, options.get("mask1"), options.get("mask2")))
 
 
 kronecker_attention.candidates = _public_candidates  # type: ignore[attr-defined]
@@ -134,13 +139,27 @@ def _prepare(
 # --- registration --------------------------------------------------------------------------------------------------------------------
 
 
+def _implementation(backend: str) -> Any:
+    """The module of a backend, imported on its first call."""
+    return importlib.import_module(f"foveal.kernels.kronecker.{'tiled' if backend == 'torch' else backend}")
+
+
 @operator("foveal::kronecker_attention_forward")
 def kronecker_forward(
-    q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor, mask1: Tensor | None, mask2: Tensor | None, causal: bool, scale: float
+    q: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    mask1: Tensor | None,
+    mask2: Tensor | None,
+    causal: bool,
+    scale: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp."""
+    """Output and log-sum-exp, by one backend."""
     with torch.autocast(q.device.type, enabled=False):
-        return tiled.forward(q, k1, k2, v1, v2, mask1, mask2, causal, scale)
+        return _implementation(backend).forward(q, k1, k2, v1, v2, mask1, mask2, causal, scale)
 
 
 @kronecker_forward.register_fake
@@ -163,10 +182,11 @@ def kronecker_backward(
     mask2: Tensor | None,
     causal: bool,
     scale: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k1, k2, v1 and v2 in their dtypes."""
+    """Gradients of q, k1, k2, v1 and v2 in their dtypes, by one backend."""
     with torch.autocast(q.device.type, enabled=False):
-        gradients = tiled.backward(dout, dlse, out, lse, q, k1, k2, v1, v2, mask1, mask2, causal, scale)
+        gradients = _implementation(backend).backward(dout, dlse, out, lse, q, k1, k2, v1, v2, mask1, mask2, causal, scale)
     dq, dk1, dk2, dv1, dv2 = (gradient.to(value.dtype) for gradient, value in zip(gradients, (q, k1, k2, v1, v2), strict=True))
     return dq, dk1, dk2, dv1, dv2
 
@@ -185,10 +205,10 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     *tensors, out, lse = ctx.saved_tensors
     if dout is None and dlse is None:
-        return (None,) * 9
+        return (None,) * 10
     if dout is None:
         dout = torch.zeros_like(out)
-    return (*kronecker_backward(dout, dlse, out, lse, *tensors, *ctx.options), None, None, None, None)
+    return (*kronecker_backward(dout, dlse, out, lse, *tensors, *ctx.options), None, None, None, None, None)
 
 
 kronecker_forward.register_autograd(_differentiate, setup_context=_remember)
@@ -196,7 +216,7 @@ kronecker_forward.register_autograd(_differentiate, setup_context=_remember)
 
 def _remember_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:2], *inputs[4:11])
-    ctx.options = inputs[11:]
+    ctx.options = inputs[11:13]
     ctx.set_materialize_grads(False)
 
 
@@ -215,7 +235,7 @@ def _differentiate_twice(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
         wanted = [leaf for leaf in leaves if leaf is not None]
         found = iter(torch.autograd.grad([a for a, _ in pairs], wanted, [b for _, b in pairs], allow_unused=True))
     gradients = [None if leaf is None else next(found) for leaf in leaves]
-    return (*gradients[:2], None, None, *gradients[2:], None, None, None, None)
+    return (*gradients[:2], None, None, *gradients[2:], None, None, None, None, None)
 
 
 kronecker_backward.register_autograd(_differentiate_twice, setup_context=_remember_backward)

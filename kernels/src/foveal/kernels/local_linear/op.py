@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from foveal.kernels.dispatch import Candidates, choose
+from foveal.kernels.dispatch import Candidates, choose, why_not_triton
 from foveal.kernels.library import fold_into_batch, operator
-from foveal.kernels.local_linear import tiled
 from foveal.kernels.local_linear.reference import local_linear_attention_reference
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-_CANDIDATES: Candidates = [
-    ("torch", None),
-    ("reference", None),
-    ("cpu", "it has no C form: its iterations are matrix products, which torch does"),
-    ("triton", "it has no Triton kernel: its iterations are matrix products, which torch does on every device"),
-]
+#: Head and value dimensions whose tiles the Triton kernels keep in registers.
+LARGEST_TRITON_DIM = 128
 
 
 def local_linear_attention(
@@ -55,7 +51,8 @@ def local_linear_attention(
             lie together or a larger ridge; 16 leave 2e-3 of the output's norm at dim 32 for standard normal keys and a ridge of 0.1.
         tol: a query is solved when its residual is this part of its right side.
         layout: "bhnd" as above, or "bnhd": q, k, v and the output have length before heads.
-        backend: "torch" (tiles of queries, conjugate gradients, on every device) or "reference" (direct solves); torch by default.
+        backend: "triton" or "torch" (tiles of queries, conjugate gradients), or "reference" (direct solves); by default the first that can
+            (`foveal.kernels.explain` says which and why).
 
     Returns:
         Output (batch, heads, query, value_dim) in v's dtype; 0 for a query that sees no key. Gradients are those of the exact solve: the
@@ -74,13 +71,21 @@ def local_linear_attention(
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     q, k, v, ridge = _prepare(q, k, v, ridge, cg_iters, tol)
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
-    chosen = choose("local_linear_attention", _CANDIDATES, backend)
+    chosen = choose("local_linear_attention", _candidates(q, k, v, ridge), backend)
     if chosen == "reference":
         with torch.autocast(q.device.type, enabled=False):
             out = local_linear_attention_reference(q, k, v, ridge, causal, scale)
     else:
-        out, _ = local_linear_forward(q, k, v, ridge, causal, scale, cg_iters, tol)
+        out, _ = local_linear_forward(q, k, v, ridge, causal, scale, cg_iters, tol, chosen)
     return out.transpose(1, 2) if layout == "bnhd" else out
+
+
+def _candidates(q: Tensor, k: Tensor, v: Tensor, ridge: Tensor) -> Candidates:
+    triton = why_not_triton(q, k, v, ridge)
+    if triton is None and max(q.shape[3], v.shape[3]) > LARGEST_TRITON_DIM:
+        triton = f"it takes dims up to {LARGEST_TRITON_DIM}, these are {q.shape[3]} and {v.shape[3]}"
+    c = "it has no C form: its iterations are matrix products, which torch does"
+    return [("triton", triton), ("torch", None), ("reference", None), ("cpu", c)]
 
 
 def _public_candidates(q: Tensor, k: Tensor, v: Tensor, *, ridge: float | Tensor, **options: Any) -> Candidates:
@@ -88,8 +93,7 @@ def _public_candidates(q: Tensor, k: Tensor, v: Tensor, *, ridge: float | Tensor
         raise TypeError(f"local_linear_attention has no argument {', '.join(map(repr, sorted(unknown)))}")
     if options.get("layout") == "bnhd":
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    _prepare(q, k, v, ridge, options.get("cg_iters", 16), options.get("tol", 1e-6))
-    return _CANDIDATES
+    return _candidates(*_prepare(q, k, v, ridge, options.get("cg_iters", 16), options.get("tol", 1e-6)))
 
 
 local_linear_attention.candidates = _public_candidates  # type: ignore[attr-defined]
@@ -127,13 +131,18 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, ridge: float | Tensor, cg_iters: i
 # --- registration --------------------------------------------------------------------------------------------------------------------
 
 
+def _implementation(backend: str) -> Any:
+    """The module of a backend, imported on its first call."""
+    return importlib.import_module(f"foveal.kernels.local_linear.{'tiled' if backend == 'torch' else backend}")
+
+
 @operator("foveal::local_linear_forward")
 def local_linear_forward(
-    q: Tensor, k: Tensor, v: Tensor, ridge: Tensor, causal: bool, scale: float, iterations: int, tolerance: float
+    q: Tensor, k: Tensor, v: Tensor, ridge: Tensor, causal: bool, scale: float, iterations: int, tolerance: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Output and the slope of every query's fit."""
+    """Output and the slope of every query's fit, by one backend."""
     with torch.autocast(q.device.type, enabled=False):
-        return tiled.forward(q, k, v, ridge, causal, scale, iterations, tolerance)
+        return _implementation(backend).forward(q, k, v, ridge, causal, scale, iterations, tolerance)
 
 
 @local_linear_forward.register_fake
@@ -153,10 +162,11 @@ def local_linear_backward(
     scale: float,
     iterations: int,
     tolerance: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and ridge in their dtypes."""
+    """Gradients of q, k, v and ridge in their dtypes, by one backend."""
     with torch.autocast(q.device.type, enabled=False):
-        gradients = tiled.backward(dout, slopes, q, k, v, ridge, causal, scale, iterations, tolerance)
+        gradients = _implementation(backend).backward(dout, slopes, q, k, v, ridge, causal, scale, iterations, tolerance)
     dq, dk, dv, dridge = (gradient.to(value.dtype) for gradient, value in zip(gradients, (q, k, v, ridge), strict=True))
     return dq, dk, dv, dridge
 
@@ -174,7 +184,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
 
 def _differentiate(ctx: Any, dout: Tensor, dslopes: Any) -> tuple[Any, ...]:
     *tensors, slopes = ctx.saved_tensors
-    return (*local_linear_backward(dout, slopes, *tensors, *ctx.options), None, None, None, None)
+    return (*local_linear_backward(dout, slopes, *tensors, *ctx.options), None, None, None, None, None)
 
 
 local_linear_forward.register_autograd(_differentiate, setup_context=_remember)
@@ -195,7 +205,7 @@ def _differentiate_twice(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
         first = torch.autograd.grad(out, tensors, dout, create_graph=True)
         pairs = [(a, b) for a, b in zip(first, second, strict=True) if b is not None]
         found = torch.autograd.grad([a for a, _ in pairs], leaves, [b for _, b in pairs], allow_unused=True)
-    return (found[0], None, *found[1:], None, None, None, None)
+    return (found[0], None, *found[1:], None, None, None, None, None)
 
 
 local_linear_backward.register_autograd(_differentiate_twice, setup_context=_remember_backward)

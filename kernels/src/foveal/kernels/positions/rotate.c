@@ -1,4 +1,4 @@
-/* Rotary embedding on the CPU, in float and in double: the pairs (p, p + pairs) of each row turned by that row's cosines and sines.
+/* Rotary embedding on the CPU, in float and in double: pairs (p, p + pairs) or (2p, 2p + 1) of each row turned by that row's cosines and sines.
  *
  * A row is one (batch element, head, position). Cosines and sines are shared by the heads and come as tables of positions: they cost one
  * evaluation a position and pair, and every row is then read and written once. This file includes itself twice, as a template over REAL.
@@ -18,7 +18,7 @@
 /* Mirrored field by field by `Problem` in cpu.py. Strides count elements of (batch, head, position); channels lie side by side.
  * A table that the batch shares has batch stride 0. */
 typedef struct {
-    int64_t batch, heads, length, dim, pairs, table_stride;
+    int64_t batch, heads, length, dim, pairs, table_stride, neighbours;
     int64_t x_stride[3], out_stride[3];
     const void *x, *cos, *sin;
     void *out;
@@ -50,6 +50,19 @@ CLONES static void NAME(turn_halves)(REAL *restrict out, const REAL *restrict x,
     }
 }
 
+CLONES static void NAME(turn_neighbours)(REAL *restrict out, const REAL *restrict x, const REAL *restrict cos, const REAL *restrict sin, const Problem *p) {
+    const int64_t pairs = p->pairs, x_step = p->x_stride[2], out_step = p->out_stride[2];
+    for (int64_t n = 0; n < p->length; n++) {
+#pragma omp simd
+        for (int64_t i = 0; i < pairs; i++) {
+            const REAL first = x[2 * i], second = x[2 * i + 1];
+            out[2 * i] = first * cos[i] - second * sin[i];
+            out[2 * i + 1] = second * cos[i] + first * sin[i];
+        }
+        x += x_step, out += out_step, cos += pairs, sin += pairs;
+    }
+}
+
 void NAME(rotate)(const Problem *p, int threads) {
     const int64_t rest = p->dim - 2 * p->pairs;
 #pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
@@ -58,7 +71,7 @@ void NAME(rotate)(const Problem *p, int threads) {
             const REAL *x = (const REAL *)p->x + b * p->x_stride[0] + h * p->x_stride[1];
             const REAL *cos = (const REAL *)p->cos + b * p->table_stride, *sin = (const REAL *)p->sin + b * p->table_stride;
             REAL *out = (REAL *)p->out + b * p->out_stride[0] + h * p->out_stride[1];
-            NAME(turn_halves)(out, x, cos, sin, p);
+            (p->neighbours ? NAME(turn_neighbours) : NAME(turn_halves))(out, x, cos, sin, p);
             for (int64_t n = 0; rest && n < p->length; n++)
                 memcpy(out + n * p->out_stride[2] + 2 * p->pairs, x + n * p->x_stride[2] + 2 * p->pairs, rest * sizeof(REAL));
         }

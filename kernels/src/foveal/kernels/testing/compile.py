@@ -81,6 +81,10 @@ class CompileCase:
     quick: bool = False
 
 
+#: {case: {target: entry}} of one family's ledger.
+Entries = dict[str, dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Resources:
     """What one thread and one block of a compiled kernel take.
@@ -193,16 +197,17 @@ def _compile_named(family: str, name: str, target: str) -> Resources | str:
 
 
 def compile_families(
-    chosen: Sequence[str], targets: Sequence[str], *, quick: bool = False, jobs: int = 1
+    chosen: Sequence[str], targets: Sequence[str], *, quick: bool = False, jobs: int = 1, known: Mapping[str, Entries] | None = None
 ) -> Iterator[tuple[str, str, str, Resources | str]]:
-    """Compile every case of the families; gives (family, case name, target, resources, or the reason why not)."""
+    """Compile every case of the families but those of `known`; gives (family, case name, target, resources, or the reason why not)."""
+    have = known or {}
     wanted = [
         (family, case.name, target)
         for family in chosen
         for case in family_cases(family)
         if case.quick or not quick
         for target in targets
-        if target in (case.targets or TARGETS)
+        if target in (case.targets or TARGETS) and target not in have.get(family, {}).get(case.name, {})
     ]
     if jobs == 1:
         yield from ((*key, _compile_named(*key)) for key in wanted)
@@ -223,10 +228,6 @@ def excess(resources: Resources, entry: Mapping[str, Any] | None) -> str | None:
     if entry["matrix"] and resources.matrix != entry["matrix"]:
         return f"lost its matrix instruction {entry['matrix']}, uses {resources.matrix}"
     return None
-
-
-#: {case: {target: entry}} of one family.
-Entries = dict[str, dict[str, Any]]
 
 
 def write_ledger(folder: Path, family: str, entries: Entries, triton: str) -> None:
@@ -250,6 +251,12 @@ def read_ledger(folder: Path, family: str) -> tuple[str | None, Entries]:
     return raw["triton"], entries
 
 
+def _shipped(family: str, entries: Entries) -> Entries:
+    """The entries without those of configurations that no longer ship."""
+    cases = {case.name: case.targets or tuple(TARGETS) for case in family_cases(family)}
+    return {name: {target: entry for target, entry in found.items() if target in cases[name]} for name, found in entries.items() if name in cases}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exit code 1 where a kernel fails its check."""
     parser = argparse.ArgumentParser(prog="python -m foveal.kernels.testing.compile", description="Compile every kernel for every GPU, without one.")
@@ -258,6 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the short list only")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile at the same time")
     parser.add_argument("--update", type=Path, metavar="FOLDER", help="write what was measured into the ledger (entries not compiled are kept)")
+    parser.add_argument("--missing", action="store_true", help="with --update: compile only what the ledger lacks, and write after each")
     parser.add_argument("--check", type=Path, metavar="FOLDER", help="fail where a kernel takes more than the ledger says")
     asked = parser.parse_args(arguments)
     if importlib.util.find_spec("triton") is None:
@@ -273,10 +281,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             allowed[family] = entries
         else:
             print(f"{family}'s ledger was written with triton {version}, this is {triton.__version__}: only the targets' own limits are held")
-    whole = not asked.quick and set(asked.target) == set(TARGETS)
+    if asked.missing and not asked.update:
+        parser.error("--missing goes with --update FOLDER: the ledger says what is missing")
+    whole = not asked.quick and not asked.missing and set(asked.target) == set(TARGETS)
     measured_now: dict[str, Entries] = {family: {} if whole or not asked.update else read_ledger(asked.update, family)[1] for family in asked.family}
+    for family in asked.family if asked.missing else ():
+        measured_now[family] = _shipped(family, measured_now[family])
+    known = {family: {name: dict(entry) for name, entry in entries.items()} for family, entries in measured_now.items()} if asked.missing else None
     failures = 0
-    for family, name, target, result in compile_families(asked.family, asked.target, quick=asked.quick, jobs=asked.jobs):
+    for family, name, target, result in compile_families(asked.family, asked.target, quick=asked.quick, jobs=asked.jobs, known=known):
         reason: str | None
         if isinstance(result, str):
             reason, measured = result, ""
@@ -286,6 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measured = f"registers {result.registers:3d}  spilled {result.spilled_bytes:4d}  shared {result.shared_bytes:6d}"
             measured += f"  {result.matrix or ''}"
             measured_now[family].setdefault(name, {})[target] = asdict(result)
+            if asked.missing:  # hours of compiling are not lost to an interruption
+                write_ledger(asked.update, family, measured_now[family], triton.__version__)
         failures += reason is not None
         print(f"{family:8s} {name:44s} {target:7s} {measured}{'  FAILS: ' + reason if reason else ''}", flush=True)
     for family, entries in measured_now.items() if asked.update else ():

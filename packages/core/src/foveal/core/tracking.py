@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
+from foveal.core import run_folder
 from foveal.core.files import atomic_write
 
 
@@ -156,9 +157,9 @@ def _wandb_of(module: pl.LightningModule) -> WandbLogger | None:
 @rank_zero_only
 def log_figure(module: pl.LightningModule, name: str, figure: Any) -> None:
     """Log a matplotlib figure under `name`: to wandb where it is on, and as ``pictures/<name>.png`` in the run's folder."""
-    folder = module.trainer.log_dir
-    if folder is not None and module.loggers:
-        target = Path(folder) / "pictures" / f"{name.replace('/', '-')}.png"
+    begun_by_command = run_folder.VARIABLE in os.environ  # a test has a folder and no logger
+    if (begun_by_command or module.loggers) and not getattr(module.trainer, "fast_dev_run", False):
+        target = run_folder.current(module.trainer.default_root_dir) / "pictures" / f"{name.replace('/', '-')}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(target) as temporary:
             figure.savefig(temporary, dpi=120)

@@ -85,7 +85,7 @@ class TransformerTexts:
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> Float[ndarray, "texts width"]:
-        """Vectors of unit length. Texts go through sorted by length, so that hardly any padding is computed."""
+        """Vectors, means of unit length, first tokens as they are. Texts go through sorted by length, so that hardly any padding is computed."""
         tokenizer, model = self._loaded
         numbers = tokenizer(list(texts), truncation=True, max_length=self.longest)["input_ids"]
         order = sorted(range(len(numbers)), key=lambda index: len(numbers[index]))
@@ -99,10 +99,10 @@ class TransformerTexts:
             states = model(**padded).last_hidden_state
             if self.pooling == "mean":
                 mask = padded["attention_mask"].unsqueeze(-1).to(states.dtype)
-                pooled = (states * mask).sum(1) / mask.sum(1)
+                pooled = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
             else:
                 pooled = states[:, 0]
-            vectors[chosen] = torch.nn.functional.normalize(pooled, dim=-1).float().cpu().numpy()
+            vectors[chosen] = pooled.float().cpu().numpy()
         return vectors
 
 

@@ -27,8 +27,8 @@ _IGNORED = ("input_channel", "output_channel")
 
 def _table(model: MambAttention) -> dict[str, list[Source]]:
     config = model.config
-    if config.turns_phase:
-        raise UserError("expected a model of the paper's layout; this one turns the noisy phase, for which the authors' code has no place")
+    if config.residual or config.narrowing != 2:
+        raise UserError("expected a model of the paper's layout; this one is residual or narrows otherwise, for which the authors' code has no place")
     channels, inner, rank, state = config.channels, config.inner, config.step_rank, config.state
     table: dict[str, list[Source]] = {}
 

@@ -44,15 +44,19 @@ class MambAttentionConfig:
     dense_layers: int = 4  # of a dense block; layer i is dilated by 2^i frames
     largest_mask: float = 2.0
     norm_eps: float = 1e-5  # of the RMS norms
-    turns_phase: bool = False  # not in the paper: the phase decoder turns the noisy phase instead of making one, which is learnt sooner
+    narrowing: int = 2  # bins that the blocks see as one
+    residual: bool = False  # not in the paper: the mask starts at one, the noisy phase is turned instead of made anew and starts unturned
 
     def __post_init__(self) -> None:
         if self.channels % self.heads:
             raise ValueError(f"channels must be a multiple of heads; got {self.channels} and {self.heads}")
-        if self.fft % 4 or not 0 < 2 * self.hop <= self.window <= self.fft:
+        if self.narrowing < 1 or self.fft % (2 * self.narrowing) or not 0 < 2 * self.hop <= self.window <= self.fft:
             raise ValueError(
-                f"fft must be a multiple of 4, window at most fft and hop at most half a window; got fft {self.fft}, {self.window} and {self.hop}"
+                f"fft must be a multiple of {2 * self.narrowing} (twice the narrowing), window at most fft and hop at most half a window; "
+                f"got fft {self.fft}, {self.window} and {self.hop}"
             )
+        if self.residual and self.largest_mask <= 1:
+            raise ValueError(f"largest_mask must be above 1 for a mask that starts at one; got {self.largest_mask}")
 
     @property
     def bins(self) -> int:
@@ -112,50 +116,56 @@ class DenseBlock(nn.Module):
 
 
 class DenseEncoder(nn.Module):
-    """Magnitude and phase to features of half as many bins."""
+    """Magnitude and phase to features of fewer bins."""
 
-    def __init__(self, channels: int, dense_layers: int) -> None:
+    def __init__(self, config: MambAttentionConfig) -> None:
         super().__init__()
+        channels, narrowing = config.channels, config.narrowing
         self.expand = Normed(nn.Conv2d(2, channels, 1), channels)
-        self.dense = DenseBlock(channels, dense_layers)
-        self.narrow = Normed(nn.Conv2d(channels, channels, (1, 3), stride=(1, 2)), channels)
+        self.dense = DenseBlock(channels, config.dense_layers)
+        self.narrow = Normed(nn.Conv2d(channels, channels, (1, narrowing + 1), stride=(1, narrowing)), channels)
 
-    def forward(self, x: Float[Tensor, "batch 2 frames bins"]) -> Float[Tensor, "batch channels frames half"]:
-        """Features at (bins - 1) / 2 bins."""
+    def forward(self, x: Float[Tensor, "batch 2 frames bins"]) -> Float[Tensor, "batch channels frames bands"]:
+        """Features at (bins - 1) / narrowing bands."""
         return self.narrow(self.dense(self.expand(x)))
 
 
 class MaskDecoder(nn.Module):
-    """Features to a mask for the compressed magnitude, between 0 and `largest`; every bin has its own steepness."""
+    """Features to a mask for the compressed magnitude, between 0 and `largest_mask`; every bin has its own steepness."""
 
-    def __init__(self, channels: int, dense_layers: int, bins: int, largest: float) -> None:
+    def __init__(self, config: MambAttentionConfig) -> None:
         super().__init__()
-        self.dense = DenseBlock(channels, dense_layers)
-        self.widen = nn.ConvTranspose2d(channels, channels, (1, 3), stride=(1, 2))
+        channels, narrowing = config.channels, config.narrowing
+        self.dense = DenseBlock(channels, config.dense_layers)
+        self.widen = nn.ConvTranspose2d(channels, channels, (1, narrowing + 1), stride=(1, narrowing))
         self.reduce = Normed(nn.Conv2d(channels, 1, 1), 1)
         self.last = nn.Conv2d(1, 1, 1)
-        self.steepness = nn.Parameter(torch.ones(bins))
-        self.largest = largest
+        self.steepness = nn.Parameter(torch.ones(config.bins))
+        self.largest = config.largest_mask
+        if config.residual:
+            nn.init.zeros_(self.last.weight)
+            nn.init.constant_(self.last.bias, -math.log(self.largest - 1))  # the sigmoid of which is 1 / largest
 
-    def forward(self, x: Float[Tensor, "batch channels frames half"]) -> Float[Tensor, "batch frames bins"]:
+    def forward(self, x: Float[Tensor, "batch channels frames bands"]) -> Float[Tensor, "batch frames bins"]:
         """The mask."""
         x = self.last(self.reduce(self.widen(self.dense(x))))[:, 0]
         return self.largest * torch.sigmoid(self.steepness * x)
 
 
 class PhaseDecoder(nn.Module):
-    """Features to the phase of clean speech, as the direction of a pair of numbers."""
+    """Features to the phase of clean speech, or to what the noisy phase is turned by, as the direction of a pair of numbers."""
 
-    def __init__(self, channels: int, dense_layers: int, turns_phase: bool) -> None:
+    def __init__(self, config: MambAttentionConfig) -> None:
         super().__init__()
-        self.dense = DenseBlock(channels, dense_layers)
-        self.widen = Normed(nn.ConvTranspose2d(channels, channels, (1, 3), stride=(1, 2)), channels)
+        channels, narrowing = config.channels, config.narrowing
+        self.dense = DenseBlock(channels, config.dense_layers)
+        self.widen = Normed(nn.ConvTranspose2d(channels, channels, (1, narrowing + 1), stride=(1, narrowing)), channels)
         self.parts = nn.Conv2d(channels, 2, 1)
-        if turns_phase:  # by nothing, before anything is learnt
+        if config.residual:
             nn.init.zeros_(self.parts.weight)
             self.parts.bias = nn.Parameter(torch.tensor([1.0, 0.0]))
 
-    def forward(self, x: Float[Tensor, "batch channels frames half"]) -> Float[Tensor, "batch 2 frames bins"]:
+    def forward(self, x: Float[Tensor, "batch channels frames bands"]) -> Float[Tensor, "batch 2 frames bins"]:
         """Real and imaginary part, of any length."""
         return self.parts(self.widen(self.dense(x)))
 
@@ -289,10 +299,10 @@ class MambAttention(nn.Module):
     def __init__(self, config: MambAttentionConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or MambAttentionConfig()
-        self.encoder = DenseEncoder(config.channels, config.dense_layers)
+        self.encoder = DenseEncoder(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
-        self.mask_decoder = MaskDecoder(config.channels, config.dense_layers, config.bins, config.largest_mask)
-        self.phase_decoder = PhaseDecoder(config.channels, config.dense_layers, config.turns_phase)
+        self.mask_decoder = MaskDecoder(config)
+        self.phase_decoder = PhaseDecoder(config)
 
     @property
     def shortest(self) -> int:
@@ -323,7 +333,7 @@ class MambAttention(nn.Module):
         wide = magnitude.dtype  # angles and magnitudes are not for half precision
         real, imaginary = self.phase_decoder(x).to(wide).mT.unbind(1)
         turn = torch.atan2(imaginary, real)
-        phase = phase + turn if self.config.turns_phase else turn
+        phase = phase + turn if self.config.residual else turn
         magnitude = magnitude * self.mask_decoder(x).to(wide).mT
         return Enhanced(magnitude, phase, torch.stack([magnitude * phase.cos(), magnitude * phase.sin()], dim=-1))
 

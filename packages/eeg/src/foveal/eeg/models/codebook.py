@@ -2,7 +2,9 @@
 
 van den Oord et al., "Neural Discrete Representation Learning", NeurIPS 2017, appendix A.1. `official` is the released TFM-Tokenizer: codes start
 near zero and a code that is given nothing fades away for good. `fixed` starts from the first batch, and codes that fall out of use are born again
-from vectors of the batch; the processes of a distributed run share their counts, so that they keep one codebook.
+at vectors of the batch, drawn with a probability that grows with the squared distance to their nearest code, as k-means++ draws its centres (Arthur
+and Vassilvitskii, SODA 2007): a new code goes where the codebook is coarsest. Drawn evenly they would crowd where codes are dense already. The
+processes of a distributed run share counts and births, so that they keep one codebook.
 """
 
 from __future__ import annotations
@@ -77,7 +79,13 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def _start_from(self, vectors: Tensor) -> None:
-        chosen = self._drawn(vectors, len(self.weight))
+        """Every code at a vector of the first batch; where the batch is smaller than the codebook, again, and a little beside it."""
+        rows = torch.randint(len(vectors), (len(self.weight),), device=vectors.device)
+        rows[: len(vectors)] = torch.randperm(len(vectors), device=vectors.device)[: len(rows)]
+        chosen = vectors[rows].to(self.weight.dtype)
+        chosen[len(vectors) :] += 0.01 * torch.randn_like(chosen[len(vectors) :])
+        if self._shared:
+            torch.distributed.broadcast(chosen, 0)
         self.weight.copy_(chosen)
         self.sums.copy_(chosen)
         self.counts.fill_(1.0)
@@ -87,35 +95,30 @@ class Codebook(nn.Module):
         vectors = vectors.to(self.sums.dtype)
         given = torch.bincount(index, minlength=len(self.counts)).to(self.counts.dtype)
         summed = torch.zeros_like(self.sums).index_add_(0, index, vectors)
-        shared = self.mode == "fixed" and torch.distributed.is_available() and torch.distributed.is_initialized()
-        if shared:
+        if self._shared:
             torch.distributed.all_reduce(given)
             torch.distributed.all_reduce(summed)
         self.counts.mul_(self.decay).add_(given, alpha=1 - self.decay)
         self.sums.mul_(self.decay).add_(summed, alpha=1 - self.decay)
         if self.mode == "fixed":
-            self._revive(vectors, shared)
+            self._revive(vectors, index)
         total = self.counts.sum()
         smoothed = (self.counts + self.eps) / (total + len(self.counts) * self.eps) * total
         self.weight.copy_(self.sums / smoothed[:, None])
 
-    def _revive(self, vectors: Tensor, shared: bool) -> None:
+    def _revive(self, vectors: Tensor, index: Tensor) -> None:
+        """Codes with too small a count are born again with the mean count, so that they have time to find vectors of their own."""
         mean = self.counts.mean()
         forgotten = (self.counts < self.revive_below * mean).nonzero()[:, 0]
         if not len(forgotten):
             return
-        born = self._drawn(vectors, len(forgotten))
-        if shared:
+        far = (vectors - self.weight[index]).square().sum(1).clamp(min=1e-12)
+        born = vectors[torch.multinomial(far, len(forgotten), replacement=len(forgotten) > len(vectors))]
+        if self._shared:
             torch.distributed.broadcast(born, 0)
         self.counts[forgotten] = mean
         self.sums[forgotten] = born * mean
 
-    @staticmethod
-    def _drawn(vectors: Tensor, count: int) -> Tensor:
-        """`count` of the vectors at random, with a little noise where they have to be taken twice."""
-        chosen = vectors[torch.randint(len(vectors), (count,), device=vectors.device)]
-        if count > len(vectors):
-            chosen = chosen + 0.01 * torch.randn_like(chosen)
-        else:
-            chosen = vectors[torch.randperm(len(vectors), device=vectors.device)[:count]]
-        return chosen.float()
+    @property
+    def _shared(self) -> bool:
+        return self.mode == "fixed" and torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -69,14 +69,16 @@ class Encoding:
     """How memes become vectors. It is part of a model: a checkpoint carries it.
 
     Attributes:
-        text: encoder of text and reason, see `foveal.memes.encoders.text_encoder`; they share it.
+        text: encoder of texts, see `foveal.memes.encoders.text_encoder`.
         image: encoder of pictures; None: pictures are not looked at.
         reason: ``rules`` for memes that have no written reason, or ``none``.
+        reasons: encoder of reasons; None: texts and reasons share one, and one pass.
     """
 
     text: str = "minilm/mean/256"
     image: str | None = None
     reason: str = "rules"
+    reasons: str | None = None
 
     def __post_init__(self) -> None:
         if self.reason not in ("rules", "none"):
@@ -111,16 +113,22 @@ def reason_of(meme: Meme, encoding: Encoding) -> str:
 
 def encode(memes: Sequence[Meme], encoding: Encoding, store: Store | None = None, device: str = "cpu") -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Stream -> vectors (memes, width) and which memes have the stream. An empty text, and a picture that cannot be read, is an absent stream."""
-    encoder = text_encoder(encoding.text, device)
     texts, reasons = [meme.text for meme in memes], [reason_of(meme, encoding) for meme in memes]
-    # one pass for both streams: what stands in both is computed once, and lengths mix better
-    together = texts + reasons
-    vectors = remembered(encoder, encoder.name, encoder.width, together, together, store)
-    there = np.array([bool(text.strip()) for text in together], dtype=bool)
-    found = {"text": (vectors[: len(memes)], there[: len(memes)]), "reason": (vectors[len(memes) :], there[len(memes) :])}
+    if encoding.reasons in (None, encoding.text):
+        # one pass for both streams: what stands in both is computed once, and lengths mix better
+        vectors, there = _encode_texts(texts + reasons, encoding.text, store, device)
+        found = {"text": (vectors[: len(memes)], there[: len(memes)]), "reason": (vectors[len(memes) :], there[len(memes) :])}
+    else:
+        found = {"text": _encode_texts(texts, encoding.text, store, device), "reason": _encode_texts(reasons, encoding.reasons, store, device)}
     if encoding.image:
         found["image"] = _encode_pictures(memes, encoding.image, store, device)
     return found
+
+
+def _encode_texts(texts: Sequence[str], name: str, store: Store | None, device: str) -> tuple[np.ndarray, np.ndarray]:
+    encoder = text_encoder(name, device)
+    vectors = remembered(encoder, encoder.name, encoder.width, texts, texts, store)
+    return vectors, np.array([bool(text.strip()) for text in texts], dtype=bool)
 
 
 def _encode_pictures(memes: Sequence[Meme], name: str, store: Store | None, device: str) -> tuple[np.ndarray, np.ndarray]:

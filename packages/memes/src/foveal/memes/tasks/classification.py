@@ -31,7 +31,7 @@ class MemeTask(pl.LightningModule):
     """Trains and tests `TCRNet` on `Batch`es.
 
     Logged: ``train/loss``; ``val/loss``, ``val/<task>/macro_f1`` and, for two classes, ``val/<task>/auroc``; the same for test with
-    intervals, calibration and a table, in the run's folder. No text and no picture is logged.
+    intervals, calibration and a table, in the run's folder; confusion, curves and calibration as pictures. No text and no meme is logged.
 
     Args:
         network: sizes.
@@ -72,6 +72,7 @@ class MemeTask(pl.LightningModule):
         self.label_smoothing, self.balanced, self.noise, self.stream_dropout = label_smoothing, balanced, noise, stream_dropout
         self.class_weights: dict[str, Tensor] = {}
         self._collected: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+        self._validated: MemeReport | None = None
 
     def forward(self, batch: Batch) -> Fused:
         """Logits of every task."""
@@ -126,27 +127,32 @@ class MemeTask(pl.LightningModule):
 
     def _gathered(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         parts, self._collected = self._collected, []
-        return tuple(  # type: ignore[return-value]
-            {task: torch.cat([part[place][task] for part in parts]).float().cpu().numpy() for task in self.classes} for place in (0, 1)
-        )
+        logits, labels = ({task: torch.cat([part[place][task] for part in parts]).cpu() for task in self.classes} for place in (0, 1))
+        return {task: value.float().numpy() for task, value in logits.items()}, {task: value.numpy() for task, value in labels.items()}
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of each task."""
         logits, labels = self._gathered()
+        self._validated = MemeReport(self.classes, logits, labels, np.zeros(0, dtype=bool))
         for task, names in self.classes.items():
-            for name, value in scores_of(logits[task], labels[task].astype(int), names).items():
+            for name, value in scores_of(logits[task], labels[task], names).items():
                 if name in ("macro_f1", "auroc"):
                     self.log(f"val/{task}/{name}", value, prog_bar=True)
+
+    def on_train_end(self) -> None:
+        """Log the pictures of the last validation."""
+        if self._validated is not None and self.trainer.is_global_zero:
+            self._validated.show(self, "val")
 
     def on_test_epoch_end(self) -> None:
         """Write figures with intervals, the table of groups and the pictures."""
         logits, labels = self._gathered()
         leaks: Tensor = getattr(self.trainer.datamodule, "leaks", torch.zeros(0, dtype=torch.bool))  # type: ignore[attr-defined]
-        report = MemeReport(self.classes, logits, {task: value.astype(int) for task, value in labels.items()}, leaks.numpy())
+        report = MemeReport(self.classes, logits, labels, leaks.numpy())
         for name, value in report.figures().items():
             self.log(f"test/{name}", value)
         if self.trainer.is_global_zero:
-            report.finish(self.trainer)
+            report.finish(self)
 
     def configure_optimizers(self) -> Any:
         """AdamW, and the cycle if there is one."""

@@ -19,6 +19,7 @@ from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score, roc_auc
 
 from foveal.core import run_folder
 from foveal.core.files import atomic_write
+from foveal.core.tracking import log_figure
 from foveal.memes.calibration import bootstrap, expected_calibration_error
 from foveal.memes.data.features import NO_LABEL
 from foveal.memes.plots import calibration_figure, confusion_figure, curves_figure
@@ -96,10 +97,25 @@ class MemeReport:
                     found[f"{task}/{score}"] = bootstrap(partial(_single, logits, labels, score), len(known), draws)
         return found
 
-    def finish(self, trainer: pl.Trainer) -> None:
+    def show(self, module: pl.LightningModule, stage: str) -> None:
+        """Log the pictures of every task as ``<stage>/<task>/<picture>``: confusion, and of two classes curves and calibration."""
+        for task, names in self.classes.items():
+            known = self.labels[task] != NO_LABEL
+            if not known.any():
+                continue
+            logits, labels = self.logits[task][known], self.labels[task][known]
+            log_figure(module, f"{stage}/{task}/confusion", confusion_figure(labels, logits.argmax(-1), names, task))
+            if len(names) == 2 and len(np.unique(labels)) == 2:
+                probability = softmax(logits, -1)[:, 1]
+                log_figure(module, f"{stage}/{task}/curves", curves_figure(labels, probability, task))
+                log_figure(module, f"{stage}/{task}/calibration", calibration_figure(labels, probability, task))
+
+    def finish(self, module: pl.LightningModule) -> None:
         """Write ``test.json``, ``test.csv`` and the pictures into the run's folder, and print the main figures."""
+        trainer = module.trainer
         if getattr(trainer, "fast_dev_run", False):
             return
+        self.show(module, "test")
         folder = run_folder.current(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         every, clean = self.figures(), self.figures(np.flatnonzero(~self.leaks)) if self.leaks.any() else {}
@@ -112,16 +128,6 @@ class MemeReport:
             writer.writerow(["figure", "all", "low", "high", "without_leaks"])
             for name, value in every.items():
                 writer.writerow([name, value, *intervals.get(name, ("", "")), clean.get(name, "")])
-        for task, names in self.classes.items():
-            known = self.labels[task] != NO_LABEL
-            if not known.any():
-                continue
-            logits, labels = self.logits[task][known], self.labels[task][known]
-            confusion_figure(labels, logits.argmax(-1), names, task).savefig(folder / f"{task}_confusion.png")
-            if len(names) == 2 and len(np.unique(labels)) == 2:
-                probability = softmax(logits, -1)[:, 1]
-                curves_figure(labels, probability, task).savefig(folder / f"{task}_curves.png")
-                calibration_figure(labels, probability, task).savefig(folder / f"{task}_calibration.png")
         table = Table("figure", "all", "95 %", "without leaks")
         for name in (
             name for name in every if name.rpartition("/")[2] in ("macro_f1", "auroc", "accuracy", "majority", "pearson", "calibration_error")
@@ -135,5 +141,7 @@ class MemeReport:
 def _single(logits: ndarray, labels: ndarray, score: str, rows: ndarray) -> float:
     logits, labels = logits[rows], labels[rows]
     if score == "auroc":
+        if len(np.unique(labels)) < 2:
+            raise ValueError("the area under a ROC curve needs both classes")
         return float(roc_auc_score(labels, softmax(logits, -1)[:, 1]))
     return float(f1_score(labels, logits.argmax(-1), labels=np.unique(labels), average="macro", zero_division=0))

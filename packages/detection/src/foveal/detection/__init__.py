@@ -1,0 +1,39 @@
+"""Objects in pictures and videos: YOLOv13, whose hyperedges correlate many places at once, trained, exported and applied.
+
+>>> from foveal.detection import Detector
+>>> for detections in Detector.from_pretrained()(["street.jpg"]):
+...     print(detections.boxes, detections.names)
+
+Names are loaded when first asked for, so that the command line's help need not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foveal.detection.checkpoints import load_official, systems, to_official
+    from foveal.detection.models.yolov13 import YOLOv13, YOLOv13Config
+
+__all__ = ["YOLOv13", "YOLOv13Config", "load_official", "systems", "to_official"]
+
+_HOME = {
+    "YOLOv13": "models.yolov13",
+    "YOLOv13Config": "models.yolov13",
+    "load_official": "checkpoints",
+    "systems": "checkpoints",
+    "to_official": "checkpoints",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Networks only: torch and foveal.kernels, no training, no files, no pictures."""
