@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -246,6 +247,12 @@ def test_what_cannot_be_patched_is_refused():
         add_quatrope(model)
     with pytest.raises(ValueError, match="mode must be one of official, paper; got 'both'"):
         QuatRoPEConfig("both")
+
+
+def test_the_example_of_the_documentation_runs():
+    page = (Path(__file__).parents[2] / "docs" / "relations.md").read_text()
+    (example,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    exec(compile(example, "docs/relations.md", "exec"), {})
 
 
 def test_two_thousand_objects():

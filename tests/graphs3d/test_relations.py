@@ -129,8 +129,8 @@ def test_drawn_rooms_are_furnished_without_overlap_and_in_reach(seed):
         if FURNITURE[label][3] == "floor":
             assert low[index, 2] == pytest.approx(0, abs=1e-9)
         if FURNITURE[label][3] == "top":
-            over = (low[index, :2] >= low[:, :2] - 1e-6).all(-1) | (high[index, :2] <= high[:, :2] + 1e-6).all(-1)
-            assert any(scene.labels[other] in CARRIERS and abs(low[index, 2] - high[other, 2]) < 0.01 for other in np.flatnonzero(over))
+            under = [other for other, name in enumerate(scene.labels) if name in CARRIERS and abs(low[index, 2] - high[other, 2]) < 0.01]
+            assert any(((scene.centers[index] >= low[other]) & (scene.centers[index] <= high[other]))[:2].all() for other in under)
 
 
 # --- the decoder ---------------------------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def batch(seed: int = 0):
 def test_moving_the_whole_scene_changes_the_answer_of_the_released_form_alone(positions, coordinates):
     torch.manual_seed(0)
     model, asked = RelationDecoder(replace(SMALL, positions=positions, coordinates=coordinates)).eval(), batch()
-    here, there = model(asked), model(asked._replace(centers=asked.centers + torch.tensor([3.0, 1.5, -1.0])))
+    here, there = model(asked), model(asked._replace(centers=asked.centers + torch.tensor([30.0, 15.0, -10.0])))
     finite = here.isfinite()
     change = (here - there)[finite].abs().max()
     assert change > 1e-5 if positions == "official" else change < 1e-4
@@ -259,7 +259,7 @@ def test_annotation_files_are_read_as_published(tmp_path):
     assert (found.answers, found.position, found.rotation) == (("bed",), (1.0, 2.0, 0.0), (0.0, 0.0, 0.0, 1.0))
     with pytest.raises(UserError, match="annotation of question 9"):
         read_sqa3d(questions, write("e.json", {"annotations": []}))
-    with pytest.raises(UserError, match="object_id is missing; is it ScanRefer's file"):
+    with pytest.raises(UserError, match="object_id, description is missing; is it ScanRefer's file"):
         read_scanrefer(asr)
 
 

@@ -61,6 +61,14 @@ def test_size_and_format_are_the_ones_asked_for_and_what_exists_is_kept(table, t
     assert target.read_text() != "mine"
 
 
+def test_a_table_too_small_to_hold_rows_out_is_selected_from_without_a_report(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("x,kind\n1,a\n2,b\n3,a\n")
+    assert select(tmp_path, "a.csv", "-o", str(tmp_path / "b.csv"), "--json") == 0
+    report = json.loads(capsys.readouterr().out)["files"][0]
+    assert "too few rows" in report["message"]
+    assert set(pd.read_csv(tmp_path / "b.csv")["kind"]) == {"a", "b"}
+
+
 def test_found_settings_are_taken_by_select(table, tmp_path, capsys):
     found = tmp_path / "settings.json"
     command = ["graphs3d", "search", str(tmp_path / "parts.csv"), "--target", "kind", "-o", str(found), "--trials", "2", "--classifier", "kNN"]
@@ -70,8 +78,9 @@ def test_found_settings_are_taken_by_select(table, tmp_path, capsys):
     assert document["trials"] == 2
     assert main.run([*command, "--variant", "multi_view", "--study", str(tmp_path / "study.db"), "--trials", "1", "--overwrite"]) == 0
     assert json.loads(found.read_text())["trials"] == 3  # it went on
+    capsys.readouterr()
     assert select(tmp_path, "parts.csv", "-o", str(tmp_path / "few.csv"), "--settings", str(found), "--no-report", "--json") == 0
-    rows = json.loads(capsys.readouterr().out.split("--settings", 2)[-1].split("\n", 1)[-1].rpartition("}")[0] + "}")["files"][0]["numbers"]
+    rows = json.loads(capsys.readouterr().out)["files"][0]["numbers"]
     assert rows["reduction %"] == pytest.approx(100 * document["settings"]["reduction"], abs=1)
 
 

@@ -137,7 +137,11 @@ def _report(entry: Any, place: Path, features: pd.DataFrame, codes: np.ndarray, 
         again.fit_resample(features.iloc[rows], codes[rows])
         return rows[again.sample_indices_]
 
-    accuracy = before_and_after(x, codes, select, int(sampler.random_state))
+    try:
+        accuracy = before_and_after(x, codes, select, int(sampler.random_state))
+    except ValueError:  # a split of a tiny table may leave one class alone on a side
+        entry.message = "; ".join(part for part in (entry.message, "too few rows to hold some out for a report") if part)
+        return
     for name in CLASSIFIERS:
         entry.numbers |= {f"{name} all %": 100 * accuracy["all"][name], f"{name} kept %": 100 * accuracy["kept"][name]}
     picture = place.with_name(f"{place.stem}_report.png")

@@ -102,11 +102,12 @@ class Layer(nn.Module):
         points: Float[Tensor, "batch length 3"],
         objects: Bool[Tensor, "batch length"],
         visible: Bool[Tensor, "batch 1 length length"],
+        order: Int[Tensor, "batch length"],
         added: Float[Tensor, "batch 1 length length"] | None,
     ) -> Float[Tensor, "batch length width"]:
         state = self.before_attention(x)
         q, k, v = self.qkv(state).unflatten(-1, (3, self.config.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = rotary(q, k)
+        q, k = rotary(q, k, positions=order)
         scale = self.config.quatrope.scale
         if self.igre is not None:
             more_q, more_k = self.igre(state, points, objects)
@@ -147,12 +148,14 @@ class RelationDecoder(nn.Module):
         place = torch.arange(x.shape[1], device=x.device)
         together = objects[:, :, None] & objects[:, None, :]
         visible = (((place[:, None] >= place) | together) & present[:, None, :]).unsqueeze(1)
+        # The answer comes right after the last object, however many places a longer scene of the batch needs.
+        order = torch.where(place == x.shape[1] - 1, before + asked.objects.sum(-1, keepdim=True), place)
         added = None
         if self.config.positions in ("official", "paper"):
             vectors = extension(points, self.config.quatrope, objects)
             added = object_logits(vectors, vectors, self.config.quatrope)
         for layer in self.layers:
-            x = layer(x, points, objects, visible, added)
+            x = layer(x, points, objects, visible, order, added)
         x = self.norm(x)
         scores = (x[:, before:-1] @ self.point(x[:, -1]).unsqueeze(-1)).squeeze(-1) * self.config.width**-0.5
         return scores.masked_fill(~(asked.candidates & asked.objects), -torch.inf)
