@@ -33,7 +33,8 @@ class RelationDecoderConfig:
         positions: how points enter attention: "rope" (not at all), "official" or "paper" QuatRoPE as in `QuatRoPEConfig`, or "learned", the paper's
             form with vectors that are projections of the states.
         coordinates: give objects their coordinates about the scene's mean as features.
-        dims: channels of "paper" and "learned".
+        dims: channels of "paper" and "learned"; 12 are one frequency.
+        shortest: their shortest period in metres; the longest is 24.
         dropout: in training.
     """
 
@@ -44,7 +45,8 @@ class RelationDecoderConfig:
     layers: int = 4
     positions: str = "learned"
     coordinates: bool = False
-    dims: int = 24
+    dims: int = 36
+    shortest: float = 2.0
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -57,7 +59,7 @@ class RelationDecoderConfig:
     def quatrope(self) -> QuatRoPEConfig:
         """How points become logits."""
         mode = "official" if self.positions == "official" else "paper"
-        return QuatRoPEConfig(mode, self.width // self.heads, dims=self.dims)
+        return QuatRoPEConfig(mode, self.width // self.heads, dims=self.dims, shortest=self.shortest)
 
 
 class Asked(NamedTuple):
