@@ -337,9 +337,9 @@ def test_the_command_answers_questions_about_the_users_boxes(tmp_path, capsys):
         str(tmp_path / "out"),
     ]
     assert main.run(command) == 0
-    assert "the boxes say 1" in capsys.readouterr().out
+    assert "the boxes say chair 1; the network says chair" in capsys.readouterr().out
     assert (tmp_path / "out" / "room_answers.png").stat().st_size > 5000
-    assert (tmp_path / "out" / "room_answers.csv").read_text().splitlines()[1].endswith(",1")
+    assert (tmp_path / "out" / "room_answers.csv").read_text().splitlines()[1].startswith("room,Which chair is nearest to the table?,1,chair,")
     assert main.run([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["files"][0]["state"] == "kept"
     assert main.run(["graphs3d", "ask", str(source), "-q", "Is it red?", "--checkpoint", str(weights), "-o", str(tmp_path / "bad")]) == 2

@@ -109,7 +109,9 @@ def ask(
         list[str] | None, typer.Option("-q", "--question", help='Such as "Which chair is nearest to the table?"; repeatable; default: drawn ones.')
     ] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Ask about drawn rooms instead of files.")] = False,
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights (.safetensors); default: the small trained network of the package.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights (.safetensors) of a run of fit; default: the package's own, or the boxes alone.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: answers.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, or cuda[:N].")] = "auto",
     seed: _Seed = 0,

@@ -36,15 +36,15 @@ class Answered(NamedTuple):
 
     Attributes:
         question: as asked.
-        by_network: the object that the network points at.
-        probability: that it gives it, among the candidates.
         by_boxes: the object that the boxes say; None where they do not decide.
+        by_network: the object that the network points at; None without a network.
+        probability: that it gives it, among the candidates.
     """
 
     question: Question
-    by_network: int
-    probability: float
     by_boxes: int | None
+    by_network: int | None = None
+    probability: float = 0.0
 
 
 class Relations:
@@ -60,7 +60,7 @@ class Relations:
 
     @classmethod
     def from_pretrained(cls, path: str | Path | None = None, device: str = "auto") -> Relations:
-        """Weights of ours; None is the small network that ships with the package.
+        """Weights of ours; None is the small network in the package's folder of weights.
 
         Raises:
             UserError: missing, corrupt, or of another system.
@@ -95,7 +95,7 @@ class Relations:
         """
         asked = parse(question, scene) if isinstance(question, str) else question
         found = self.probabilities(scene, asked)
-        return Answered(asked, int(found.argmax()), float(found.max()), answer(asked, scene))
+        return Answered(asked, answer(asked, scene), int(found.argmax()), float(found.max()))
 
 
 def ask_command(
@@ -116,7 +116,7 @@ def ask_command(
         sources: JSON and CSV files of boxes, and folders of them.
         questions: in words; none: some are drawn that the boxes answer clearly.
         demo: ask about drawn rooms instead of files.
-        checkpoint: weights of ours; None is the bundled network.
+        checkpoint: weights of ours; None is the bundled network, and where none is, the boxes alone answer.
         output: folder; None is ``answers`` here.
         device: ``auto``, ``cpu`` or ``cuda[:N]``.
         seed: of what is drawn.
@@ -130,7 +130,7 @@ def ask_command(
         UserError: no inputs, no weights, or an output that cannot be written.
     """
     inputs = [] if demo else collect_inputs(sources, SUFFIXES)
-    relations = Relations.from_pretrained(checkpoint, device)
+    relations = Relations.from_pretrained(checkpoint, device) if checkpoint is not None or BUNDLED.exists() else None
     folder = output_folder(output or "answers", overwrite)
     report = BatchReport()
     for path in [Path("rooms.json")] if demo else inputs:
@@ -140,11 +140,18 @@ def ask_command(
             continue
         with report.item(path) as entry:
             scenes = _rooms(seed) if demo else read_scenes(path)
-            answered = [(scene, relations.ask(scene, question)) for scene in scenes for question in questions or _drawn(scene, seed)]
+            answered = [(scene, _ask(relations, scene, question)) for scene in scenes for question in questions or _drawn(scene, seed)]
             if not answered:
                 raise UserError(f"expected scenes with several objects of a class to draw questions about in {path}; ask your own with --question")
             _write(targets, answered, entry, print_answers=bool(questions) and not as_json)
-    return report.finish(as_json, {"right %": ".1f"})
+    return report.finish(as_json, {"network right %": ".1f"})
+
+
+def _ask(relations: Relations | None, scene: Scene, question: str | Question) -> Answered:
+    if relations is not None:
+        return relations.ask(scene, question)
+    asked = parse(question, scene) if isinstance(question, str) else question
+    return Answered(asked, answer(asked, scene))
 
 
 def _rooms(seed: int) -> list[Scene]:
@@ -159,21 +166,24 @@ def _drawn(scene: Scene, seed: int) -> list[Question]:
 def _write(targets: list[Path], answered: list[tuple[Scene, Answered]], entry: Entry, print_answers: bool) -> None:
     with atomic_write(targets[0]) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["scene", "question", "answer", "class", "probability", "by_boxes"])
+        writer.writerow(["scene", "question", "by_boxes", "by_boxes_class", "by_network", "by_network_class", "probability"])
         for scene, one in answered:
-            true = "" if one.by_boxes is None else scene.ids[one.by_boxes]
-            row = [scene.name, one.question.text, scene.ids[one.by_network], scene.labels[one.by_network], f"{one.probability:.3f}", true]
-            writer.writerow(row)
+            found = [("", "") if index is None else (scene.ids[index], scene.labels[index]) for index in (one.by_boxes, one.by_network)]
+            sure = "" if one.by_network is None else f"{one.probability:.3f}"
+            writer.writerow([scene.name, one.question.text, *found[0], *found[1], sure])
             if print_answers:
-                said = f"{scene.labels[one.by_network]} {scene.ids[one.by_network]} ({100 * one.probability:.0f} %)"
-                print(f"{scene.name}: {one.question.text} {said}; the boxes say {true or 'that several or none do'}")
+                said = (
+                    f"the boxes say {' '.join(found[0][::-1])}" if one.by_boxes is not None else "the boxes do not decide: none does, or several do"
+                )
+                guess = "" if one.by_network is None else f"; the network says {' '.join(found[1][::-1])} ({100 * one.probability:.0f} %)"
+                print(f"{scene.name}: {one.question.text} {said}{guess}")
     with atomic_write(targets[1]) as temporary:
         draw_answers(answered[:6]).savefig(temporary, dpi=110)
-    decided = [one for _, one in answered if one.by_boxes is not None]
+    decided = [one for _, one in answered if one.by_boxes is not None and one.by_network is not None]
     entry.outputs = [str(target) for target in targets]
     entry.numbers = {"scenes": float(len({scene.name for scene, _ in answered})), "questions": float(len(answered))}
     if decided:
-        entry.numbers["right %"] = 100 * float(np.mean([one.by_network == one.by_boxes for one in decided]))
+        entry.numbers["network right %"] = 100 * float(np.mean([one.by_network == one.by_boxes for one in decided]))
 
 
 def draw_answers(answered: Sequence[tuple[Scene, Answered]]) -> Figure:
@@ -198,5 +208,7 @@ def draw_answers(answered: Sequence[tuple[Scene, Answered]]) -> Figure:
         axes.set_ylabel("y (m)", fontsize=8)
     for axes in list(figure.axes)[len(answered) :]:
         axes.set_axis_off()
-    figure.suptitle("From above. Blue: what the question names. Orange: the network's answer. Green frame: the boxes' answer.", fontsize=9)
+    figure.suptitle(
+        "From above. Blue: what the question names. Green frame: the boxes' answer. Orange: the network's, where there is one.", fontsize=9
+    )
     return figure
