@@ -131,10 +131,10 @@ def draw_selection(
     balance.set_title(f"Class shares, pale before, full after (%){more}", loc="left")
 
     places, width = np.arange(len(CLASSIFIERS)), 0.27
-    for index, (name, colour) in enumerate((("all", "0.75"), ("kept", "C0"), ("by chance", "C1"))):
+    for index, (name, shade) in enumerate((("all", "0.75"), ("kept", "C0"), ("by chance", "C1"))):
         values = [100 * accuracy[name][classifier] for classifier in CLASSIFIERS]
         bars = scores.bar(
-            places + (index - 1) * width, values, width, color=colour, label={"all": "all rows", "kept": "selected"}.get(name, "as many by chance")
+            places + (index - 1) * width, values, width, color=shade, label={"all": "all rows", "kept": "selected"}.get(name, "as many by chance")
         )
         scores.bar_label(bars, fmt="%.1f", fontsize=6.5)
     scores.set_xticks(places, list(CLASSIFIERS), fontsize=8)
