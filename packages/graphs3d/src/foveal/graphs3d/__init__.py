@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from foveal.graphs3d.calculator import FovealCalculator
     from foveal.graphs3d.checkpoints import load_official, systems, to_official
     from foveal.graphs3d.models.equiformer_v3 import EquiformerV3, EquiformerV3Config
+    from foveal.graphs3d.selection import GAIS
 
-__all__ = ["EquiformerV3", "EquiformerV3Config", "FovealCalculator", "load_official", "systems", "to_official"]
+__all__ = ["GAIS", "EquiformerV3", "EquiformerV3Config", "FovealCalculator", "load_official", "systems", "to_official"]
 
 _HOME = {
     "EquiformerV3": "models.equiformer_v3",
     "EquiformerV3Config": "models.equiformer_v3",
     "FovealCalculator": "calculator",
+    "GAIS": "selection",
     "load_official": "checkpoints",
     "systems": "checkpoints",
     "to_official": "checkpoints",

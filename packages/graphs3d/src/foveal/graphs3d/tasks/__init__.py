@@ -1,0 +1,1 @@
+"""How the networks of this domain learn: one Lightning module a file."""
