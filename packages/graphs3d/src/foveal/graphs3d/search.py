@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MOST_ROWS = 5_000
 
 
-def suggest(trial: optuna.Trial, reduction: float | None, variant: str | None) -> dict[str, Any]:
+def suggest(trial: optuna.Trial | optuna.trial.FixedTrial, reduction: float | None, variant: str | None) -> dict[str, Any]:
     """Settings of one trial; what a variant does not have is not asked for."""
     chosen = trial.suggest_categorical("variant", VARIANTS) if variant is None else variant
     found: dict[str, Any] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -36,8 +38,9 @@ def position_maps(
     found: dict[str, Tensor] = {}
     hooks = []
     for level in range(LEVELS):
-        branch = network.stages[1].position[level]  # type: ignore[index]
-        attend: PositionAttention = branch.attend  # type: ignore[assignment]
+        branch: Any = network.stages[1].position[level]  # type: ignore[index]
+        attend = branch.attend
+        assert isinstance(attend, PositionAttention)
         hooks.append(attend.register_forward_hook(lambda _, inputs, __, level=level: found.update({f"level {level + 1}": inputs[0]})))
     labels = network(padded)[0, :, :height, :width].argmax(0)
     for hook in hooks:

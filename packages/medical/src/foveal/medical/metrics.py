@@ -36,10 +36,10 @@ def hausdorff95(
     both = [label for label, (found, wanted) in zip(labels, here, strict=True) if found and wanted]
     distances = {}
     if both:
-        stacks = [torch.from_numpy(np.stack([volume == label for label in both])[None].astype(np.float32)) for volume in (predicted, truth)]
+        first, second = (torch.from_numpy(np.stack([volume == label for label in both])[None].astype(np.float32)) for volume in (predicted, truth))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 warns of an argument that it passes to itself
-            values = compute_hausdorff_distance(*stacks, include_background=True, percentile=95, spacing=list(spacing))
+            values = compute_hausdorff_distance(first, second, include_background=True, percentile=95, spacing=list(spacing))
         distances = dict(zip(both, values[0].tolist(), strict=True))
     return np.array([distances.get(label, diagonal if any(seen) else np.nan) for label, seen in zip(labels, here, strict=True)])
 

@@ -222,8 +222,8 @@ def _picture(volume: Volume, restored: Volume, target: ndarray | None, parts: nd
     turn = (lambda x: x[:, :, middle]) if volume.kind == "picture" else (lambda x: x[:, :, middle].T)
     degraded = turn(volume.voxels).astype(float).repeat(scale, 0).repeat(scale, 1)
     pictures = [turn(restored.voxels).astype(float), None if target is None else turn(target).astype(float), turn(parts)]
-    figure = restoration_figure(degraded, pictures[0], pictures[1], pictures[2], title)  # type: ignore[arg-type]
-    maps = regions_figure(degraded, pictures[2], title)  # type: ignore[arg-type]
+    figure = restoration_figure(degraded, pictures[0], pictures[1], pictures[2], title)
+    maps = regions_figure(degraded, pictures[2], title)
     for target_path, drawn in ((path, figure), (path.with_name(path.name.replace("_restored_picture", "_regions")), maps)):
         with atomic_write(target_path) as temporary:
             drawn.savefig(temporary, dpi=120)

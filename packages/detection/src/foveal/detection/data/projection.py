@@ -161,9 +161,9 @@ def drawn_bag(generator: np.random.Generator, side: int) -> Scene:
         light = float(generator.uniform(0.65, 0.92))
         colour = (light, light * float(generator.uniform(0.85, 0.97)), light * float(generator.uniform(0.6, 0.85)))
         if generator.random() < 0.5:
-            cv2.ellipse(thing, centre, axes, float(generator.uniform(0, 180)), 0, 360, colour, -1)  # type: ignore[call-overload]
+            cv2.ellipse(thing, centre, axes, float(generator.uniform(0, 180)), 0, 360, colour, -1)
         else:
-            corners = cv2.boxPoints((centre, (2.0 * axes[0], 2.0 * axes[1]), float(generator.uniform(0, 180))))  # type: ignore[call-overload]
+            corners = cv2.boxPoints((centre, (2.0 * axes[0], 2.0 * axes[1]), float(generator.uniform(0, 180))))
             cv2.fillPoly(thing, [corners.astype(np.int32)], colour)
         passes *= thing
     noise = generator.normal(0, 0.01, passes.shape).astype(np.float32)

@@ -149,7 +149,8 @@ class MadeScenes:
     @property
     def truth(self) -> dict[str, Any]:
         """All scenes as a COCO file has them."""
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for place, number in enumerate(self.numbers):
             scene = self.scene(place)
             images.append({"id": number, "file_name": f"{number:06d}.png", "height": scene.passes.shape[0], "width": scene.passes.shape[1]})
@@ -190,8 +191,7 @@ class XRaySet(Dataset):
         chance: float = 0.5,
     ) -> None:
         self.scenes, self.side, self.flip, self.threats, self.chance = scenes, side, flip, list(threats), chance
-        mean, deviation = NORMALISATION[convention]
-        self.mean, self.deviation = np.float32(mean), np.float32(deviation)
+        self.mean, self.deviation = (np.array(values, dtype=np.float32) for values in NORMALISATION[convention])
 
     def __len__(self) -> int:
         return len(self.scenes)

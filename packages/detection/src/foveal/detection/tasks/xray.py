@@ -108,8 +108,11 @@ class XRayTask(pl.LightningModule):
         figures: dict[str, list[float]] = {"AP": [], "mask_AP": []}
         for place, (split, scenes) in enumerate(self._data.measured.items()):
             truth = scenes.truth
-            for name, kind, found in (("AP", "bbox", self._boxes), ("mask_AP", "segm", self._masks)):
-                value = average_precision(truth, found.get(place, []), kind)[0]
+            measured = {
+                "AP": average_precision(truth, self._boxes.get(place, []))[0],
+                "mask_AP": average_precision(truth, self._masks.get(place, []), "segm")[0],
+            }
+            for name, value in measured.items():
                 figures[name].append(value["AP"])
                 if stage == "test":
                     self.log(f"test/{split}/{name}", value["AP"])

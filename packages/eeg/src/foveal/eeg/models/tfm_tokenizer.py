@@ -136,6 +136,8 @@ class PointwisePath(nn.Module):
     def forward(self, x: Float[Tensor, "batch positions inputs"]) -> Float[Tensor, "batch positions outputs"]:
         """Features of every position."""
         for linear, norm in zip(self.linears, self.norms, strict=True):
+            assert isinstance(linear, nn.Linear)
+            assert isinstance(norm, nn.GroupNorm)
             x = group_norm(linear_gelu(x, linear), norm)
         return x
 

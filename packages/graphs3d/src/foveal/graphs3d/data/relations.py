@@ -189,11 +189,11 @@ class RelationQuestions(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """In order."""
-        return DataLoader(self.validation, 100, collate_fn=collate)  # type: ignore[arg-type]
+        return DataLoader(self.validation, 100, collate_fn=collate)
 
     def test_dataloader(self) -> DataLoader:
         """In order."""
-        return DataLoader(self.test, 100, collate_fn=collate)  # type: ignore[arg-type]
+        return DataLoader(self.test, 100, collate_fn=collate)
 
     predict_dataloader = test_dataloader
 

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -42,7 +43,7 @@ class HiddenLabels(pl.LightningModule):
         self.losses.append(float(loss.detach()))
         return loss
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.parameters(), self.learning_rate, weight_decay=5e-4)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}

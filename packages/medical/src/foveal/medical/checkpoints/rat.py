@@ -5,7 +5,7 @@ from __future__ import annotations
 from foveal.core.official import Source
 from foveal.core.systems import Adapter, System
 from foveal.medical.checkpoints.prefixes import table_by_prefix
-from foveal.medical.models.rat import RAT, RATConfig, RegionLayer
+from foveal.medical.models.rat import RAT, RATConfig, RegionBlock, RegionLayer
 
 _OF_A_LAYER = {
     "norm_region": "norm_ra", "region.qkv": "ra.qkv", "region.project": "ra.project_out", "region_weight": "lambda_ra",
@@ -28,9 +28,10 @@ def _table(model: RAT) -> dict[str, list[Source]]:
             for block in range(depth):
                 prefixes[f"{side}.{level}.{block}"] = f"{side}.{level}.{block}"
                 prefixes[f"{side}.{level}.{block}.channels"] = f"{side}.{level}.{block}.sca.1"
-    for number, block in enumerate(model.middle):
+    for number, layers in enumerate(model.middle):
+        assert isinstance(layers, RegionBlock)
         prefixes[f"middle.{number}.conv"] = f"middle_blks.{number}.conv"
-        for index in range(len(block.layers)):  # type: ignore[arg-type]
+        for index in range(len(layers.layers)):
             prefixes |= {
                 f"middle.{number}.layers.{index}.{ours}": f"middle_blks.{number}.layers.{index}.{theirs}" for ours, theirs in _OF_A_LAYER.items()
             }

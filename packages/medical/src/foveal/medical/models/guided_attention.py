@@ -8,7 +8,7 @@ no (position, position) map is stored, forward or backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -245,15 +245,12 @@ class GuidedAttentionNet(nn.Module):
         """Logits: the mean of the second stage's four. Height and width are best multiples of 8 x stride; others are allowed."""
         _, (_, second), _, _ = self._attended(image)
         # One resizing of the mean: both are linear.
-        return _resized(torch.stack([head(x) for head, x in zip(self.heads[1], second, strict=True)]).mean(0), image)
+        return _resized(torch.stack(_headed(self.heads[1], second)).mean(0), image)
 
     def forward_guided(self, image: Float[Tensor, "batch channels height width"]) -> GuidedOutputs:
         """Everything that the guided loss looks at."""
         plain, (_, second), stages, inputs = self._attended(image)
-        logits = [
-            tuple(_resized(head(x), image) for head, x in zip(heads, maps, strict=True))
-            for heads, maps in zip(self.heads, (plain, second), strict=True)
-        ]
+        logits = [tuple(_resized(x, image) for x in _headed(heads, maps)) for heads, maps in zip(self.heads, (plain, second), strict=True)]
         codes, reproduced = ((tuple(stages[0][part]), tuple(stages[1][part])) for part in (1, 2))
         return GuidedOutputs(logits[0], logits[1], codes, (tuple(inputs[0]), tuple(inputs[1])), reproduced)
 
@@ -305,3 +302,8 @@ def _initialise(module: nn.Module) -> None:
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)
+
+
+def _headed(heads: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
+    assert isinstance(heads, nn.ModuleList)
+    return [head(x) for head, x in zip(heads, maps, strict=True)]
