@@ -245,17 +245,18 @@ class GuidedAttentionNet(nn.Module):
         """Logits: the mean of the second stage's four. Height and width are best multiples of 8 x stride; others are allowed."""
         _, (_, second), _, _ = self._attended(image)
         # One resizing of the mean: both are linear.
-        return _resized(torch.stack([head(x) for head, x in zip(self.heads[1], second, strict=True)]).mean(0), image)
+        return _resized(torch.stack(self._predicted(1, second)).mean(0), image)
 
     def forward_guided(self, image: Float[Tensor, "batch channels height width"]) -> GuidedOutputs:
         """Everything that the guided loss looks at."""
         plain, (_, second), stages, inputs = self._attended(image)
-        logits = [
-            tuple(_resized(head(x), image) for head, x in zip(heads, maps, strict=True))
-            for heads, maps in zip(self.heads, (plain, second), strict=True)
-        ]
+        logits = [tuple(_resized(made, image) for made in self._predicted(stage, maps)) for stage, maps in enumerate((plain, second))]
         codes, reproduced = ((tuple(stages[0][part]), tuple(stages[1][part])) for part in (1, 2))
         return GuidedOutputs(logits[0], logits[1], codes, (tuple(inputs[0]), tuple(inputs[1])), reproduced)
+
+    def _predicted(self, stage: int, maps: list[Tensor]) -> list[Tensor]:
+        """Logits at the maps' size, of a stage's four heads."""
+        return [head(x) for head, x in zip(self.heads[stage], maps, strict=True)]  # type: ignore[call-overload]
 
     def features(self, image: Float[Tensor, "batch channels height width"]) -> tuple[list[Tensor], Tensor]:
         """The four reduced maps at the finest one's size, finest level first, and the map fused from them."""

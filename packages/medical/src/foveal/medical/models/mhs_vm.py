@@ -103,7 +103,7 @@ class MultiHeadScan(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch height width dim"]) -> Float[Tensor, "batch height width dim"]:
         split = self.split(x).flatten(1, 2).mT.unflatten(1, (self.heads, self.size))
-        joined = fuse_routes(self.routes(split, x.shape[1:3]), self.threshold).flatten(1, 2).mT.unflatten(1, x.shape[1:3]).to(x.dtype)
+        joined = fuse_routes(self.routes(split, (x.shape[1], x.shape[2])), self.threshold).flatten(1, 2).mT.unflatten(1, x.shape[1:3]).to(x.dtype)
         return joined if self.norm is None or self.join is None else self.join(self.norm(joined))
 
     def routes(self, x: Float[Tensor, "batch heads size cells"], grid: tuple[int, int]) -> Float[Tensor, "batch heads 4 size cells"]:
@@ -234,12 +234,12 @@ class MHSVM(nn.Module):
             if level:
                 x = self.merge[level - 1](x)
                 skips.append(x)
-            for block in blocks:  # type: ignore[union-attr]
+            for block in blocks:  # type: ignore[attr-defined]
                 x = block(x)
         for step, blocks in enumerate(self.decoder):
             if step:
                 x = self.expand[step - 1](x + skips.pop())  # the skip joins before the map grows, as published
-            for block in blocks:  # type: ignore[union-attr]
+            for block in blocks:  # type: ignore[attr-defined]
                 x = block(x)
         return self.head(self.final(x).permute(0, 3, 1, 2))
 
