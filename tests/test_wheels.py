@@ -141,17 +141,33 @@ for source in sorted(pathlib.Path(foveal.kernels.__file__).parent.rglob("*.c")):
 """
 
 
-def test_attention_runs_with_gradients_where_only_torch_and_the_kernels_wheel_are_installed(
-    wheels: dict[str, Wheel], python_with_torch_alone: Path, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def python_with_torch_and_kernels(wheels: dict[str, Wheel], python_with_torch_alone: Path) -> Path:
     _run(_uv(), "pip", "install", "--quiet", "--offline", "--no-deps", "--python", python_with_torch_alone, wheels["foveal-kernels"].path)
-    printed = _run(python_with_torch_alone, "-I", "-W", "ignore", "-c", ATTENTION_ALONE, cwd=tmp_path, env={"FOVEAL_CACHE": str(tmp_path / "cache")})
+    return python_with_torch_alone
+
+
+def test_attention_runs_with_gradients_where_only_torch_and_the_kernels_wheel_are_installed(
+    python_with_torch_and_kernels: Path, tmp_path: Path
+) -> None:
+    printed = _run(
+        python_with_torch_and_kernels, "-I", "-W", "ignore", "-c", ATTENTION_ALONE, cwd=tmp_path, env={"FOVEAL_CACHE": str(tmp_path / "cache")}
+    )
     backend, *libraries = printed.splitlines()
     assert backend == "cpu"
     if native.compiler() is not None:
         assert libraries
         assert [line for line in libraries if not line.endswith("compiled C (shipped)")] == []
         assert not (tmp_path / "cache").exists()
+
+
+def test_the_examples_of_the_kernels_readme_run_where_only_torch_and_the_kernels_wheel_are_installed(
+    python_with_torch_and_kernels: Path, tmp_path: Path
+) -> None:
+    examples = re.findall(r"^```python\n(.*?)^```", (ROOT / "kernels" / "README.md").read_text(), re.M | re.S)
+    assert len(examples) > 3
+    printed = _run(python_with_torch_and_kernels, "-I", "-W", "ignore", "-c", "\n".join(examples), cwd=tmp_path)
+    assert "segment_attention runs on backend" in printed
 
 
 @pytest.mark.skipif(native.compiler() is None, reason="no C compiler: the wheel is a pure one")

@@ -7,12 +7,15 @@ import pytest
 import soundfile
 import torch
 from torch import Tensor
+from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 
 from foveal.audio.demo import load_references
 from foveal.audio.demo.noisy import load_noisy
-from foveal.audio.enhance import Enhancer
+from foveal.audio.enhance import BUNDLED_WEIGHTS, Enhancer
+from foveal.audio.metrics import has_perceptual_extras
 from foveal.audio.models.mambattention import MambAttention
 from foveal.audio.plots import plot_enhancement
+from foveal.audio.speech_quality import pesq
 from foveal.core.checkpoint import save_weights
 from foveal.core.errors import UserError
 
@@ -134,3 +137,37 @@ def test_the_picture_shows_three_spectrograms_on_one_scale():
     assert [axes.get_title(loc="left") for axes in figure.axes[:3]] == ["Noisy", "Enhanced", "Clean"]
     assert len({image.get_clim() for image in images[:3]}) == 1
     assert not np.array_equal(images[0].get_array(), images[2].get_array())
+
+
+@pytest.fixture(scope="module")
+def bundled() -> Enhancer:
+    return Enhancer.from_pretrained(device="cpu")
+
+
+def test_the_bundled_weights_are_small_and_have_their_card(bundled):
+    assert sum(parameter.numel() for parameter in bundled.model.parameters()) == 40_361
+    assert BUNDLED_WEIGHTS.stat().st_size < 200_000
+    card = BUNDLED_WEIGHTS.with_suffix(".md").read_text(encoding="utf-8")
+    assert "40,361 parameters" in card
+    assert "LibriSpeech" in card
+
+
+def test_the_bundled_weights_take_noise_from_speakers_they_were_not_trained_on(bundled):
+    """Stationary noise shaped like another speaker, 5 dB below each of the two."""
+    (woman, man), rate = load_references()
+    noisy, clean, _ = load_noisy()
+    noise = noisy - clean
+    for speaker in (woman, man):
+        mixed = speaker + noise[: len(speaker)] * (speaker.norm() / noise.norm() * 10 ** (-5 / 20))
+        enhanced = bundled(mixed, rate)
+        before, after = (float(scale_invariant_signal_distortion_ratio(signal, speaker)) for signal in (mixed, enhanced))
+        assert after > before + 1.0
+        if has_perceptual_extras():
+            assert pesq(enhanced.numpy(), speaker.numpy(), rate) > pesq(mixed.numpy(), speaker.numpy(), rate) + 0.02
+        assert 0.5 < float(enhanced.norm() / speaker.norm()) < 1.2
+
+
+def test_the_bundled_weights_leave_clean_speech_nearly_as_it_is(bundled):
+    clean, rate = load_references()
+    enhanced = bundled(clean[0], rate)
+    assert float(scale_invariant_signal_distortion_ratio(enhanced, clean[0])) > 10.0

@@ -219,7 +219,46 @@ def test_a_spectrum_of_another_shape_is_refused(small, shape):
         small(torch.zeros(shape), torch.zeros(shape))
 
 
-@pytest.mark.parametrize("wrong", [{"channels": 10, "heads": 4}, {"fft": 401, "window": 401}, {"hop": 300}, {"window": 512}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"channels": 10, "heads": 4},
+        {"fft": 401, "window": 401},
+        {"hop": 300},
+        {"window": 512},
+        {"narrowing": 3},
+        {"residual": True, "largest_mask": 1.0},
+    ],
+)
 def test_sizes_that_cannot_be_are_refused(wrong):
     with pytest.raises(ValueError, match="must be"):
         MambAttentionConfig(**wrong)
+
+
+@pytest.mark.parametrize("changed", [{}, {"narrowing": 4}, {"largest_mask": 3.0}])
+def test_a_residual_network_starts_as_the_identity_and_can_leave_it(changed):
+    torch.manual_seed(0)
+    config = MambAttentionConfig(
+        fft=64, window=64, hop=32, channels=8, heads=2, blocks=1, state=4, expansion=1, dense_layers=2, residual=True, **changed
+    )
+    model, noisy = MambAttention(config), torch.randn(2, 1000)
+    torch.testing.assert_close(model.enhance(noisy), noisy, atol=1e-5, rtol=1e-4)
+    model.enhance(noisy).square().sum().backward()
+    assert model.mask_decoder.last.weight.grad.abs().sum() > 0
+    assert model.phase_decoder.parts.weight.grad is not None
+
+
+@pytest.mark.parametrize("narrowing", [1, 2, 4, 8])
+def test_features_have_as_many_bands_as_the_narrowing_leaves_and_bins_come_back(narrowing):
+    config = MambAttentionConfig(fft=64, window=64, hop=32, channels=4, heads=2, blocks=1, state=2, expansion=1, dense_layers=1, narrowing=narrowing)
+    model = MambAttention(config)
+    magnitude, phase = torch.rand(1, 33, 5), torch.randn(1, 33, 5)
+    assert model.encoder(torch.stack([magnitude, phase], 1).mT).shape == (1, 4, 5, 32 // narrowing)
+    assert model(magnitude, phase).parts.shape == (1, 33, 5, 2)
+
+
+def test_a_network_without_place_in_the_authors_code_is_not_converted_back():
+    small = {"fft": 64, "window": 64, "hop": 32, "channels": 4, "heads": 2, "blocks": 1, "state": 2, "expansion": 1, "dense_layers": 1}
+    for change in ({"residual": True}, {"narrowing": 4}):
+        with pytest.raises(UserError, match="no place"):
+            to_official("mambattention", MambAttention(MambAttentionConfig(**small, **change)))

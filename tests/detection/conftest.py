@@ -84,3 +84,19 @@ def golden() -> type[Golden]:
 @pytest.fixture(scope="session")
 def draw() -> Any:
     return drawn
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network at random that finds something almost everywhere, with three classes, as a file."""
+    from foveal.core.checkpoint import save_weights
+    from foveal.detection import YOLOv13, YOLOv13Config
+
+    torch.manual_seed(0)
+    model = YOLOv13(YOLOv13Config("n", 3))
+    for level in model.head.score:
+        torch.nn.init.normal_(level[-1].weight, std=0.4)  # type: ignore[index]
+        torch.nn.init.constant_(level[-1].bias, 0.0)  # type: ignore[index]
+    file = tmp_path_factory.mktemp("weights") / "random.safetensors"
+    metadata = {"names": json.dumps(["cat", "dog", "hen"]), "image_size": "64"}
+    return save_weights(file, model.state_dict(), system="yolov13", config=model.config, metadata=metadata)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import inspect
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -61,6 +63,16 @@ def test_bench_runs_each_comparison_in_a_process_of_its_own_and_writes_json_and_
     assert (tmp_path / "out.csv").read_text().startswith("kernel_name,")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a copy of the process is made by fork")
+def test_a_comparison_whose_process_dies_is_named() -> None:
+    def broken() -> bench.Contestants:
+        os._exit(3)
+
+    question = bench.Comparison("square", "ours", "ours", None, None, ("cpu",), None, broken)
+    with pytest.raises(RuntimeError, match="'square' could not be measured"):
+        bench._measured_in_a_fork(question, 1, time.perf_counter)
+
+
 def test_a_comparison_that_does_not_exist_is_named_with_those_that_do(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["bench", "no such thing"])
@@ -89,16 +101,49 @@ def test_doctor_says_which_backend_serves_every_operator_and_why_not_the_others(
         assert all(f"not {backend}: {reason}" in told for backend, reason in operator["others"].items())
 
 
-def test_every_public_operator_lists_its_backends_with_reasons() -> None:
-    functions = [name for name in foveal.kernels.__all__ if inspect.isfunction(getattr(foveal.kernels, name)) and name != "explain"]
-    with_backends = [name for name in functions if "backend" in inspect.signature(getattr(foveal.kernels, name)).parameters]
-    assert with_backends == [name for name in with_backends if name in doctor.operators()]
-    for name in doctor.operators():
-        call = doctor.example(name)
-        if call is not None:
-            explanation = foveal.kernels.explain(getattr(foveal.kernels, name), *call[0], **call[1])
-            assert all(explanation.reasons.values())
-            assert explanation.backend in str(explanation)
+FUNCTIONS = [name for name in foveal.kernels.__all__ if inspect.isfunction(getattr(foveal.kernels, name)) and name != "explain"]
+WITH_BACKENDS = [name for name in FUNCTIONS if "backend" in inspect.signature(getattr(foveal.kernels, name)).parameters]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_explain_says_what_runs_and_why_not_another(name: str) -> None:
+    operator, (positional, named) = getattr(foveal.kernels, name), doctor.example(name)
+    explanation = foveal.kernels.explain(operator, *positional, **named)
+    assert explanation.operator == name
+    assert explanation.backend in str(explanation)
+    assert all(reason and "\n" not in reason for reason in explanation.reasons.values())
+    operator(*positional, **named, **({"backend": explanation.backend} if name in WITH_BACKENDS else {}))  # and so it does
+
+
+@pytest.mark.parametrize("name", WITH_BACKENDS)
+def test_a_backend_that_cannot_serve_is_refused_in_one_line_that_names_one_that_can(name: str) -> None:
+    operator, (positional, named) = getattr(foveal.kernels, name), doctor.example(name)
+    explanation = foveal.kernels.explain(operator, *positional, **named)
+    refused = {backend: reason for backend, reason in explanation.reasons.items() if reason != "it can, but ranks lower"}
+    for backend, expected in [*refused.items(), ("cublas", "has no backend 'cublas'")]:
+        for ask in (operator, lambda *a, **k: foveal.kernels.explain(operator, *a, **k)):
+            with pytest.raises(ValueError, match=re.escape(expected)) as error:
+                ask(*positional, **named, backend=backend)
+            assert "\n" not in str(error.value)
+            assert repr(explanation.backend) in str(error.value)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_tensor_of_the_wrong_rank_is_refused_in_one_line_that_says_what_is_taken(name: str) -> None:
+    operator, (positional, named) = getattr(foveal.kernels, name), doctor.example(name)
+    with pytest.raises((ValueError, TypeError)) as error:
+        operator(torch.zeros(()), *positional[1:], **named)
+    message = str(error.value)
+    assert "\n" not in message
+    assert "got" in message
+
+
+def test_explain_refuses_what_is_no_operator() -> None:
+    for other in (torch.matmul, foveal.kernels.explain, foveal.kernels.CSR, doctor.example):
+        with pytest.raises(TypeError, match=r"explain takes an operator of foveal\.kernels"):
+            foveal.kernels.explain(other)
+    with pytest.raises(TypeError, match="missing a required argument: 'lses'"):
+        foveal.kernels.explain(foveal.kernels.merge_attention, [torch.zeros(1, 1)])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune on")

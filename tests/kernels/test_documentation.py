@@ -27,7 +27,7 @@ def test_examples_of_a_page_run_from_top_to_bottom(page: Path) -> None:
         exec(compile("\n" * line + text, str(page), "exec"), names)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.stem not in ("index", "testing")], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem not in ("index", "testing", "gpu")], ids=lambda page: page.stem)
 def test_a_page_of_operators_has_an_example(page: Path) -> None:
     assert blocks(page)
 

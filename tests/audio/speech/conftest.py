@@ -44,6 +44,25 @@ def espnet_state():
 
 
 @pytest.fixture(scope="session")
+def soobinseo_state():
+    """`soobinseo_state(dtype)`: the state dict of soobinseo's reference runs; its tables of positions are built, as the reference's are."""
+
+    def state(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        shapes = json.loads((GOLDEN / "soobinseo_transformer_tts.json").read_text())["state_dict"]
+        values = {key: _sinusoids(*shape) if "pos_emb" in key else _fill(key, shape) for key, shape in shapes.items()}
+        return {key: value.to(dtype) if value.is_floating_point() else value for key, value in values.items()}
+
+    return state
+
+
+def _sinusoids(rows: int, dim: int) -> Tensor:
+    angles = np.arange(rows)[:, None] / np.power(10_000, 2 * (np.arange(dim) // 2) / dim)
+    table = np.where(np.arange(dim) % 2, np.cos(angles), np.sin(angles))
+    table[0] = 0.0
+    return torch.from_numpy(table.astype(np.float32))
+
+
+@pytest.fixture(scope="session")
 def tiny_voice(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Untrained weights of a voice whose sentences end by themselves after a few steps."""
     from foveal.audio.models.transformer_tts import TransformerTTS, TransformerTTSConfig

@@ -194,3 +194,31 @@ def test_the_console_script_speaks_and_ends_with_two_where_it_cannot(tiny_voice:
     assert "letters or numbers" in errors
     assert "none.safetensors" in errors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hello.wav"]
+
+
+def test_ten_thousand_characters_are_spoken_to_their_last_sentence(tiny_voice: Path, tmp_path: Path, capsys):
+    text = ("It is three o'clock. " * 500)[:10_000]
+    source = tmp_path / "long.txt"
+    source.write_text(text)
+    assert speak_command(None, files=[source], output=tmp_path / "long.wav", checkpoint=tiny_voice, as_json=True) == 0
+    (entry,) = json.loads(capsys.readouterr().out)["files"]
+    assert entry["numbers"]["sentences"] == text.count(".") + (not text.rstrip().endswith("."))
+    samples, rate = soundfile.read(tmp_path / "long.wav")
+    assert len(samples) / rate == pytest.approx(entry["numbers"]["seconds"])
+    assert np.abs(samples[-rate:]).max() > 0  # the end is there
+
+
+def test_another_script_is_read_in_latin_letters_and_said_so(tiny_voice: Path, tmp_path: Path, capsys):
+    assert speak_command("Привет, мир! 你好", output=tmp_path / "x.wav", checkpoint=tiny_voice, as_json=True) == 0
+    (entry,) = json.loads(capsys.readouterr().out)["files"]
+    assert "Latin letters" in entry["message"]
+    assert "Привет"[:4] in entry["message"]
+
+
+@pytest.mark.parametrize("text", ["", " \n", "🎉🎉"])
+def test_the_command_says_what_is_wrong_with_a_text_of_nothing_and_leaves_no_file(tiny_voice: Path, tmp_path: Path, capsys, text):
+    assert speak_command(text, output=tmp_path / "x.wav", checkpoint=tiny_voice, as_json=True) == 2
+    (entry,) = json.loads(capsys.readouterr().out)["files"]
+    assert entry["state"] == "failed"
+    assert entry["message"].startswith("expected text")
+    assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from foveal.audio import load_official, systems, to_official
-from foveal.audio.models.transformer_tts import TransformerTTS, TransformerTTSConfig, valid_positions
+from foveal.audio.models.free_running import valid_positions
+from foveal.audio.models.transformer_tts import TransformerTTS, TransformerTTSConfig
 from foveal.audio.tasks.synthesis_losses import guided_attention_loss, guided_attention_mask, last_heads, spectrogram_losses, stop_loss
 from foveal.core.errors import UserError
 
@@ -207,7 +208,8 @@ def test_fewer_frames_than_a_step_makes_are_refused(small):
 
 
 def test_a_padded_key_that_scores_far_above_the_others_leaves_the_gradient_finite():
-    from foveal.audio.models.transformer_tts import Attention, KeyValues
+    from foveal.audio.models.free_running import KeyValues
+    from foveal.audio.models.transformer_tts import Attention
 
     torch.manual_seed(0)
     layer = Attention(8, 2, crossed=True)

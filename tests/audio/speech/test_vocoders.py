@@ -12,8 +12,9 @@ from foveal.audio import load_official, systems, to_official
 from foveal.audio.checkpoints import convert_file
 from foveal.audio.checkpoints.hifigan import fold_weight_norm
 from foveal.audio.models.hifigan import HiFiGAN, HiFiGANConfig
-from foveal.audio.models.mel import MelConfig
+from foveal.audio.models.mel import MelConfig, mel_spectrogram
 from foveal.audio.models.vocos import Vocos, VocosConfig
+from foveal.audio.synthesis_metrics import mel_cepstral_distance
 from foveal.audio.vocoders import load_vocoder
 from foveal.core.errors import UserError
 
@@ -127,3 +128,44 @@ def test_vocos_refuses_what_is_no_mel_spectrogram_of_its_own(shape: tuple[int, .
 def test_a_window_with_holes_is_refused():
     with pytest.raises(ValueError, match="two hops"):
         VocosConfig(window=100, hop=80)
+
+
+def _speech() -> torch.Tensor:
+    """Two seconds of the demo's woman: neither vocoder ever heard her."""
+    import soundfile
+
+    from foveal.audio.demo import REFERENCES
+
+    samples, rate = soundfile.read(REFERENCES[0], dtype="float32")
+    assert rate == 16_000
+    return torch.from_numpy(samples[: 2 * rate])
+
+
+def test_the_bundled_vocos_makes_speech_again_even_of_somebody_it_never_heard():
+    mel, speech = MelConfig(), _speech()
+    spectrogram = mel_spectrogram(speech, mel)
+    torch.manual_seed(0)
+    untrained = Vocos(VocosConfig(mels=80, channels=160, hidden=480, layers=5)).eval()
+    trained = load_vocoder("vocos", mel)(spectrogram)
+    with torch.no_grad():
+        noise = untrained(spectrogram[None])[0]
+    assert len(trained) == (spectrogram.shape[1] - 1) * mel.hop
+    assert 0.5 < float(trained.square().mean().sqrt() / speech.square().mean().sqrt()) < 2.0
+    near, far = (mel_cepstral_distance(mel_spectrogram(sound, mel), spectrogram) for sound in (trained, noise))
+    assert near < 3.5
+    assert near < 0.4 * far
+
+
+def test_the_bundled_vocos_says_which_spectrogram_it_reads_and_refuses_others():
+    with pytest.raises(UserError, match="vocos_small"):
+        load_vocoder("vocos", MelConfig(high=7000.0))
+
+
+def test_the_bundled_voice_speaks_through_the_bundled_vocos():
+    from foveal.audio.speak import Speaker
+
+    speech = Speaker.from_pretrained(device="cpu", vocoder="vocos")("Thank you.")
+    assert not speech.warnings
+    assert 0.3 < len(speech.waveform) / speech.sample_rate < 3
+    assert float((speech.waveform**2).mean() ** 0.5) > 0.02
+    assert abs(speech.waveform).max() < 1

@@ -32,7 +32,7 @@ def everything(tensors: list[Tensor], **options: Any) -> list[Tensor]:
         ((2, 1, 33, 70, 20, 5), torch.float32, True),
         ((1, 2, 1, 1, 8, 16), torch.float16, False),
         ((2, 2, 40, 40, 8, 8), torch.bfloat16, True),
-        ((1, 1, 5, 9, 64, 33), torch.float32, True),
+        ((1, 1, 5, 9, 32, 17), torch.float32, True),
     ],
 )
 def test_the_kernels_are_no_worse_than_eager_torch(shape: tuple[int, ...], dtype: torch.dtype, masked: bool) -> None:
@@ -71,5 +71,5 @@ def test_empty_lengths_give_empty_or_zero_outputs_and_gradients() -> None:
 
 
 def test_wide_heads_are_left_to_torch_in_words() -> None:
-    tensors = sample(1, 1, 4, 4, 65, 8, torch.float32)
-    assert "dims up to 64, these are 65 and 8" in explain(efficient_attention, *tensors, backend="reference").reasons["triton"]
+    tensors = sample(1, 1, 4, 4, 33, 8, torch.float32)
+    assert "dims up to 32, these are 33 and 8" in explain(efficient_attention, *tensors, backend="reference").reasons["triton"]

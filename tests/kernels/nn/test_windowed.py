@@ -9,29 +9,29 @@ import torch.nn.functional as F
 from foveal.kernels.nn import AreaAttention, HaloAttention, HiLoAttention
 
 
+@pytest.mark.parametrize("beyond", ["masked", "zeros"])
 @pytest.mark.parametrize(("block", "halo"), [(4, 1), (3, 2), (2, 0)])
 @pytest.mark.parametrize(("height", "width"), [(8, 4), (5, 7), (1, 3)])
-def test_halo_attention_is_the_papers_formula(lively, draw, block, halo, height, width) -> None:
-    layer = lively(HaloAttention(8, 2, block=block, halo=halo))
+def test_halo_attention_is_the_papers_formula(lively, draw, block, halo, height, width, beyond) -> None:
+    layer = lively(HaloAttention(8, 2, block=block, halo=halo, beyond=beyond))
     x = draw(2, height, width, 8)
     q, k, v = layer.qkv(x).chunk(3, -1)
+    nothing = torch.zeros(2, 4, dtype=torch.float64)
     expected = torch.zeros(2, height, width, 8, dtype=torch.float64)
     for y in range(height):
         for c in range(width):
             top, left = y // block * block - halo, c // block * block - halo
-            seen = [
-                (ky, kx)
-                for ky in range(max(top, 0), min(top + block + 2 * halo, height))
-                for kx in range(max(left, 0), min(left + block + 2 * halo, width))
-            ]
+            window = [(ky, kx) for ky in range(top, top + block + 2 * halo) for kx in range(left, left + block + 2 * halo)]
+            on_map = {(ky, kx): 0 <= ky < height and 0 <= kx < width for ky, kx in window}
+            seen = [place for place in window if on_map[place] or beyond == "zeros"]
             for h in range(2):
                 own = slice(4 * h, 4 * h + 4)
-                keys = torch.stack(
-                    [k[:, ky, kx, own] + layer.rel_height[ky - y + block + halo - 1] + layer.rel_width[kx - c + block + halo - 1] for ky, kx in seen],
-                    1,
+                rows, columns = (
+                    layer.rel_height[[p[0] - y + block + halo - 1 for p in seen]],
+                    layer.rel_width[[p[1] - c + block + halo - 1 for p in seen]],
                 )
-                values = torch.stack([v[:, ky, kx, own] for ky, kx in seen], 1)
-                weights = torch.softmax((keys @ q[:, y, c, own, None]).squeeze(-1) / 2, -1)
+                keys, values = (torch.stack([t[:, ky, kx, own] if on_map[ky, kx] else nothing for ky, kx in seen], 1) for t in (k, v))
+                weights = torch.softmax(((keys + rows + columns) @ q[:, y, c, own, None]).squeeze(-1) / 2, -1)
                 expected[:, y, c, own] = (weights[:, None] @ values).squeeze(1)
     torch.testing.assert_close(layer(x), layer.proj(expected))
 
@@ -111,6 +111,7 @@ def test_area_attention_is_the_papers_formula(lively, draw, softmax_weights, hea
     [
         (lambda: HaloAttention(16, 2, block=0), "block must be positive"),
         (lambda: HaloAttention(400, 2, block=30, halo=3), "must be at most 256; got 272"),
+        (lambda: HaloAttention(16, 2, beyond="mirror"), "beyond must be .zeros. or .masked."),
         (lambda: HiLoAttention(16, 4, alpha=1.5), "alpha from 0 to 1"),
         (lambda: HiLoAttention(16, 4, head_dim=8), "head_dim must be dim // heads = 4"),
         (lambda: AreaAttention(16, 4, areas=0), "areas must be positive"),

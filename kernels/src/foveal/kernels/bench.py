@@ -17,11 +17,13 @@ import gc
 import importlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +49,7 @@ class Comparison:
     devices: tuple[str, ...]
     flops: float | None
     make: Callable[[], Contestants]
+    traffic: float | None = None
 
     @property
     def family(self) -> str:
@@ -70,6 +73,7 @@ def comparison(
     rounds: int | None = None,
     devices: tuple[str, ...] = ("cpu", "cuda"),
     flops: float | None = None,
+    traffic: float | None = None,
 ) -> Callable[[Callable[[], Contestants]], Callable[[], Contestants]]:
     """Register the decorated function as a comparison.
 
@@ -81,10 +85,11 @@ def comparison(
         rounds: most rounds, for a baseline that takes minutes.
         devices: where it makes sense. The function is called under ``torch.device(...)``: tensors that it makes are on the device.
         flops: floating-point operations of one call, where the rate in TFLOP/s tells something.
+        traffic: bytes that one call must read and write at least, where the rate in GB/s tells something.
     """
 
     def register(make: Callable[[], Contestants]) -> Callable[[], Contestants]:
-        REGISTRY[name] = Comparison(name, baseline, ours, promise, rounds, devices, flops, make)
+        REGISTRY[name] = Comparison(name, baseline, ours, promise, rounds, devices, flops, make, traffic)
         return make
 
     return register
@@ -94,6 +99,11 @@ def discover() -> None:
     """Register the comparisons of every family: import each ``<family>/bench.py`` and ``<family>/bench_*.py`` of foveal.kernels."""
     for file in sorted(Path(__file__).parent.glob("*/bench*.py")):
         importlib.import_module(f"foveal.kernels.{file.parent.name}.{file.stem}")
+
+
+def size(real: int, toy: int) -> int:
+    """A length of a comparison for GPUs: `toy` where ``FOVEAL_BENCH_TOY=1`` asks for sizes that triton's interpreter can walk through."""
+    return toy if os.environ.get("FOVEAL_BENCH_TOY", "0") == "1" else real
 
 
 def installed(package: str) -> bool:
@@ -154,7 +164,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _on_gpu(call: Callable[[], Any]) -> float:
+def gpu_seconds(call: Callable[[], Any]) -> float:
     """Seconds of one call by the GPU's own clock, over as many calls as make some 10 ms."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     repeats = 1
@@ -185,7 +195,7 @@ def measure(question: Comparison, rounds: int, clock: Callable[[], float], devic
             gc.collect()
             if device != "cpu":
                 torch.cuda.reset_peak_memory_stats()
-                times[name].append(_on_gpu(call))
+                times[name].append(gpu_seconds(call))
                 peak[name] = torch.cuda.max_memory_allocated()
                 continue
             start = clock()
@@ -208,6 +218,23 @@ def measure(question: Comparison, rounds: int, clock: Callable[[], float], devic
         figures["peak_megabytes"] = {name: round(amount / 2**20, 1) for name, amount in peak.items()}
     if question.flops is not None:
         figures["tflops"] = {name: round(question.flops / statistics.median(seconds) / 1e12, 3) for name, seconds in times.items()}
+    if question.traffic is not None:
+        figures["gbps"] = {name: round(question.traffic / statistics.median(seconds) / 1e9, 3) for name, seconds in times.items()}
+    return figures
+
+
+def _measured_in_a_fork(question: Comparison, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
+    """`measure` in a copy of this process, which has computed nothing yet: a new interpreter would import torch anew for seconds."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: sender.send(measure(question, rounds, clock)))
+    child.start()
+    sender.close()
+    try:
+        figures: dict[str, Any] = receiver.recv()
+    except EOFError:
+        raise RuntimeError(f"{question.name!r} could not be measured: its process ended before it had figures, for the reason above") from None
+    child.join()
     return figures
 
 
@@ -222,6 +249,7 @@ _METRICS = {
     "times_faster_than_baseline": ("speedup", "x"),
     "peak_megabytes": ("memory", "MB"),
     "tflops": ("rate", "TFLOP/s"),
+    "gbps": ("bandwidth", "GB/s"),
 }
 
 
@@ -268,7 +296,7 @@ def show(name: str, figures: Mapping[str, Any]) -> None:
     print(name)
     for contestant, milliseconds in figures["milliseconds"].items():
         ratio = figures["times_faster_than_baseline"][contestant]
-        rate = f"   {figures['tflops'][contestant]:8.1f} TFLOP/s" if "tflops" in figures else ""
+        rate = "".join(f"   {figures[key][contestant]:8.1f} {_METRICS[key][1]}" for key in ("tflops", "gbps") if key in figures)
         print(f"  {contestant:34s} {milliseconds:12.3f} ms   {ratio:8.2f}x{rate}{' (baseline)' if contestant == figures['baseline'] else ''}")
     if figures["promise"] is not None:
         kept = figures["times_faster_than_baseline"][figures["ours"]] >= figures["promise"]
@@ -331,8 +359,11 @@ def main(title: str, folder: Path, arguments: Sequence[str] | None = None, *, co
     ]
     for question in chosen:
         # a process of its own: what the comparison before it did to the allocator must not decide who wins
-        child = [*again, *PASSED_ON, "--this", question.name, *options]
-        figures = json.loads(subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+        if kind == "cpu" and sys.platform == "linux" and threading.active_count() == 1:
+            figures = _measured_in_a_fork(question, asked.rounds, clock)
+        else:
+            child = [*again, *PASSED_ON, "--this", question.name, *options]
+            figures = json.loads(subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
         report["comparisons"][question.name] = figures
         show(question.name, figures)
     asked.output.parent.mkdir(parents=True, exist_ok=True)

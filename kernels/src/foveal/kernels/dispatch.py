@@ -6,7 +6,9 @@ Every public operator lists its backends in order of preference, each with the r
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,13 +82,19 @@ def choose(operator: str, candidates: Candidates, requested: str | None = None) 
 def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Which backend `operator(*args, **kwargs)` would use, and why the others would not. Nothing is computed.
 
+    An operator that is a few lines of torch, such as one step of a recurrence, has one backend, "torch", on every device.
+
     Raises:
-        TypeError: `operator` is not one of this package's public operators.
+        TypeError: `operator` is not one of this package's public operators, or lacks an argument.
         ValueError: the arguments are not valid for it.
     """
     candidates = getattr(operator, "candidates", None)
     if candidates is None:
-        raise TypeError(f"explain takes an operator of foveal.kernels, such as foveal.kernels.attention; got {operator!r}")
+        face = importlib.import_module("foveal.kernels")
+        if operator is explain or not inspect.isfunction(operator) or getattr(face, operator.__name__, None) is not operator:
+            raise TypeError(f"explain takes an operator of foveal.kernels, such as foveal.kernels.attention; got {operator!r}")
+        inspect.signature(operator).bind(*args, **kwargs)
+        return Explanation(operator.__name__, "torch", {})
     requested = kwargs.pop("backend", None)
     listed: Candidates = candidates(*args, **kwargs)
     backend = choose(operator.__name__, listed, requested)

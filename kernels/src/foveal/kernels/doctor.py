@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import platform
 from collections.abc import Callable
@@ -24,12 +25,12 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def operators() -> list[str]:
-    """Names of the public operators: every public name that lists its backends."""
-    return [name for name in foveal.kernels.__all__ if hasattr(getattr(foveal.kernels, name), "candidates")]
+    """Names of the public operators: the functions of the face, but for the one that explains them."""
+    return [name for name in foveal.kernels.__all__ if inspect.isfunction(getattr(foveal.kernels, name)) and name != "explain"]
 
 
-def example(name: str, device: torch.device | str = "cpu") -> Call | None:
-    """Arguments of a plain call of a public operator, small; None where this table has none."""
+def example(name: str, device: torch.device | str = "cpu") -> Call:
+    """Arguments of a plain call of a public operator, small."""
     draw = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -49,6 +50,9 @@ def example(name: str, device: torch.device | str = "cpu") -> Call | None:
 
     def points() -> tuple[Tensor, ...]:
         return *heads(2), random(64, 3)
+
+    def token(gates: int) -> tuple[Tensor, ...]:
+        return *(random(1, 2, 32) for _ in range(3)), *(random(1, 2).sigmoid() for _ in range(gates))
 
     calls: dict[str, Callable[[], Call]] = {
         "attention": lambda: (heads(3), {}),
@@ -78,21 +82,24 @@ def example(name: str, device: torch.device | str = "cpu") -> Call | None:
         "rotary_quaternion": lambda: (points(), {}),
         "rotate": lambda: ((*points(), random(3, 8)), {}),
         "channel_norm": lambda: ((random(2, 16, 8), random(2), random(8), random(8), (4, 4)), {}),
+        "delta_rule_step": lambda: ((*token(1), random(1, 2, 32, 32)), {}),
+        "gated_delta_rule_step": lambda: ((*token(1), -random(1, 2).exp(), random(1, 2, 32, 32)), {}),
+        "linear_attention_step": lambda: ((*token(0), random(1, 2, 32, 32)), {}),
+        "titans_step": lambda: ((*token(3), (random(1, 2, 32, 32), random(1, 2, 32, 32))), {}),
+        "merge_attention": lambda: (([random(1, 2, 64, 32)] * 2, [random(1, 2, 64)] * 2), {}),
+        "quatrope_extension": lambda: ((random(1, 64, 3), 32), {}),
         "gated_injection": lambda: ((random(2, 16, 8), random(2, 4, 8), random(3, 8, 5), random(3, 8), random(3, 8)), {}),
     }
-    return calls[name]() if name in calls else None
+    return calls[name]()
 
 
 def backends(device: torch.device | str) -> dict[str, dict[str, Any]]:
     """Operator -> the backend that a plain call on `device` would use, and the others with the reason against them."""
     found: dict[str, dict[str, Any]] = {}
     for name in operators():
-        call = example(name, device)
-        if call is None:
-            found[name] = {"backend": "ask foveal.kernels.explain with your own arguments", "others": {}}
-            continue
+        positional, named = example(name, device)
         try:
-            explanation = explain(getattr(foveal.kernels, name), *call[0], **call[1])
+            explanation = explain(getattr(foveal.kernels, name), *positional, **named)
         except ValueError as error:
             found[name] = {"backend": f"cannot run: {error}", "others": {}}
         else:

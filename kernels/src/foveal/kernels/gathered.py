@@ -173,6 +173,11 @@ def precision(*, close: bool = False) -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 and not close else "tf32x3"
 
 
+def written(dtype: torch.dtype) -> torch.dtype:
+    """What a kernel writes for a result of `dtype`: the interpreter cuts bfloat16 off where it should round, so there torch rounds float32."""
+    return torch.float32 if interpreting() and dtype == torch.bfloat16 else dtype
+
+
 def launch(kernel: Any, programs: int, tiles: Tiling, arguments: Mapping[str, Any]) -> None:
     """Run `kernel` with those of the arguments that it has."""
     if programs == 0:

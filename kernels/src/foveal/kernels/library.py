@@ -6,7 +6,7 @@ that is defined and implemented through `torch.library.define` and `impl` is the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,42 @@ class Operator:
 def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., Any]], Operator]:
     """Decorator: the function becomes the operator `name` (``"foveal::..."``), its schema given or read from its annotations. It mutates nothing."""
     return lambda implementation: Operator(name, implementation, schema)
+
+
+def differentiate_twice(
+    definition: Callable[..., tuple[torch.Tensor, ...]],
+    upstream: Sequence[torch.Tensor | None],
+    inputs: Sequence[torch.Tensor | None],
+    second: Sequence[torch.Tensor | None],
+) -> list[torch.Tensor | None]:
+    """The backward of a backward operator, through an eager form of the forward: gradients of upstream and inputs, None where these are None.
+
+    Args:
+        definition: the inputs to the forward's differentiable results, made of torch's own operators.
+        upstream: the gradient of each of these results that the backward was given.
+        inputs: the forward's differentiable inputs.
+        second: the gradients of what the backward gave for each input; None, or of another shape, where it gave nothing.
+    """
+    with torch.enable_grad():
+        leaves = [tensor if tensor is None else tensor.detach().requires_grad_() for tensor in (*upstream, *inputs)]
+        given, own = leaves[: len(upstream)], leaves[len(upstream) :]
+        results = [(result, weight.to(result.dtype)) for result, weight in zip(definition(*own), given, strict=True) if weight is not None]
+        pairs = [
+            (leaf, above) for leaf, above in zip(own, second, strict=True) if leaf is not None and above is not None and above.shape == leaf.shape
+        ]
+        if not pairs:
+            return [None] * len(leaves)
+        first = torch.autograd.grad(
+            [result for result, _ in results],
+            [leaf for leaf, _ in pairs],
+            [weight for _, weight in results],
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        found = iter(torch.autograd.grad(first, wanted, [above for _, above in pairs], allow_unused=True))
+    return [None if leaf is None else next(found) for leaf in leaves]
 
 
 def fold_into_batch(

@@ -31,6 +31,10 @@ FLAGS = ("-O3", *FAST_MATH, "-fPIC", "-shared", "-std=gnu11")
 OPENMP = ("-fopenmp",)
 
 
+#: What the C files of this package include.
+HEADER = Path(__file__).with_name("native.h")
+
+
 class CompileError(RuntimeError):
     """The compiler refused a C kernel; the message is the compiler's first line."""
 
@@ -77,12 +81,13 @@ def cache_folder() -> Path:
 def cache_file(source: Path) -> Path:
     """Where the library of `source` is kept: another text, other flags or another processor family is another file."""
     build = " ".join((*FLAGS, sys.platform, platform.machine()))
-    digest = hashlib.sha256(source.read_bytes() + build.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(source.read_bytes() + HEADER.read_bytes() + build.encode()).hexdigest()[:16]
     return cache_folder() / f"{source.stem}-{digest}{SUFFIX}"
 
 
 def _is_current(library: Path, source: Path) -> bool:
-    return library.exists() and (not source.exists() or library.stat().st_mtime >= source.stat().st_mtime)
+    texts = [text.stat().st_mtime for text in (source, HEADER) if text.exists()]
+    return library.exists() and (not source.exists() or library.stat().st_mtime >= max(texts))
 
 
 @functools.cache

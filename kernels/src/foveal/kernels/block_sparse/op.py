@@ -12,7 +12,7 @@ from foveal.kernels.block_sparse.block_index import BlockIndex
 from foveal.kernels.block_sparse.reference import block_sparse_reference
 from foveal.kernels.dense.reference import finite_above
 from foveal.kernels.dispatch import Candidates, choose, why_not_triton
-from foveal.kernels.library import operator
+from foveal.kernels.library import differentiate_twice, operator
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -250,25 +250,19 @@ block_sparse_forward.register_autograd(_differentiate, setup_context=_remember)
 
 def _remember_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:10])
-    ctx.options = inputs[15:19]
+    ctx.options = inputs[15:18]
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_twice(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
     """The gradient of the gradient, through the definition: it holds (query, key) arrays."""
-    *floating, row_start, columns, tile, tiles = ctx.saved_tensors
-    left, right, scale, needs_dbias = ctx.options
-    with torch.enable_grad():
-        leaves: list[Any] = [t if t is None else t.detach().requires_grad_() for t in floating]
-        dout, dlse, q, k, v, bias = leaves
-        out, lse = block_sparse_reference(q, k, v, bias, row_start, columns, tile, tiles, left, right, scale)
-        sources = [q, k, v, bias] if needs_dbias else [q, k, v]
-        results, weights = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
-        first = torch.autograd.grad(results, sources, weights, create_graph=True)
-        pairs = [(a, b) for a, b in zip(first, second, strict=False) if b is not None]
-        wanted = [leaf for leaf in leaves if leaf is not None]
-        found = iter(torch.autograd.grad([a for a, _ in pairs], wanted, [b for _, b in pairs], allow_unused=True))
-    return (*(None if leaf is None else next(found) for leaf in leaves), *(None,) * 14)
+    dout, dlse, q, k, v, bias, row_start, columns, tile, tiles = ctx.saved_tensors
+    left, right, scale = ctx.options
+
+    def definition(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        return block_sparse_reference(q, k, v, bias, row_start, columns, tile, tiles, left, right, scale)
+
+    return (*differentiate_twice(definition, (dout, dlse), (q, k, v, bias), second), *(None,) * 14)
 
 
 block_sparse_backward.register_autograd(_differentiate_twice, setup_context=_remember_backward)

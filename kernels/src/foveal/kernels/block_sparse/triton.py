@@ -79,6 +79,27 @@ def meets(
 
 
 @triton.jit
+def own_queries(heads, query_blocks, BLOCK_Q: tl.constexpr, QUERIES: tl.constexpr):
+    """Of a program that owns queries: its (batch, head) plane, batch, head, block, and its first query, in the block and in the sequence."""
+    per_block = BLOCK_Q // QUERIES
+    plane = (tl.program_id(0) // (query_blocks * per_block)).to(tl.int64)
+    block = tl.program_id(0) % (query_blocks * per_block) // per_block
+    within = tl.program_id(0) % per_block * QUERIES
+    return plane, plane // heads, plane % heads, block, within, block * BLOCK_Q + within
+
+
+@triton.jit
+def listed_tile(step, steps, columns, tile, HAS_MASKS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr):
+    """Of a step through a list whose blocks are walked in `steps` parts: the entry, the part's place in the block and in the sequence, its mask."""
+    entry = step // steps
+    inner = step % steps * PART
+    masked = -1
+    if HAS_MASKS:
+        masked = tl.load(tile + entry)
+    return entry, inner, tl.load(columns + entry) * BLOCK + inner, masked
+
+
+@triton.jit
 def forward_kernel(
     q, k, v, bias, row_start, columns, tile, tiles, out, lse,
     bias_batch, bias_head, bias_query, bias_key, list_batch, list_head, mask_tile, mask_query, mask_key,
@@ -88,13 +109,7 @@ def forward_kernel(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, UPCAST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of QUERIES queries of one block."""
-    per_block = BLOCK_Q // QUERIES
-    plane = (tl.program_id(0) // (query_blocks * per_block)).to(tl.int64)
-    block = tl.program_id(0) % (query_blocks * per_block) // per_block
-    within = tl.program_id(0) % per_block * QUERIES
-    first = block * BLOCK_Q + within
-    batch = plane // heads
-    head = plane % heads
+    plane, batch, head, block, within, first = own_queries(heads, query_blocks, BLOCK_Q, QUERIES)
     own = (batch * (heads // group) + head // group) * keys
     row = first + tl.arange(0, QUERIES)
     there = row < queries
@@ -107,12 +122,7 @@ def forward_kernel(
     listed = row_start + batch * list_batch + head * list_head + block
     steps: tl.constexpr = BLOCK_K // KEYS
     for step in range(tl.load(listed) * steps, tl.load(listed + 1) * steps):
-        entry = step // steps
-        inner = step % steps * KEYS
-        masked = -1
-        if HAS_MASKS:
-            masked = tl.load(tile + entry)
-        start = tl.load(columns + entry) * BLOCK_K + inner
+        _entry, inner, start, masked = listed_tile(step, steps, columns, tile, HAS_MASKS, BLOCK_K, KEYS)
         wanted = True
         if HAS_LEFT or HAS_RIGHT:
             wanted = meets(first, start, queries, keys, left, right, HAS_LEFT, HAS_RIGHT, QUERIES, KEYS)
@@ -168,12 +178,7 @@ def key_gradients_kernel(
         listed = row_start + batch * list_batch + head * list_head + block
         steps: tl.constexpr = BLOCK_Q // QUERIES
         for step in range(tl.load(listed) * steps, tl.load(listed + 1) * steps):
-            entry = step // steps
-            inner = step % steps * QUERIES
-            masked = -1
-            if HAS_MASKS:
-                masked = tl.load(tile + entry)
-            first = tl.load(columns + entry) * BLOCK_Q + inner
+            _entry, inner, first, masked = listed_tile(step, steps, columns, tile, HAS_MASKS, BLOCK_Q, QUERIES)
             wanted = True
             if HAS_LEFT or HAS_RIGHT:
                 wanted = meets(first, start, queries, keys, left, right, HAS_LEFT, HAS_RIGHT, QUERIES, KEYS)
@@ -209,13 +214,7 @@ def query_gradients_kernel(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, UPCAST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of QUERIES queries of one block; with WRITE_LOGITS also those of the listed tiles (zeroed before: what is skipped is not written)."""
-    per_block = BLOCK_Q // QUERIES
-    plane = (tl.program_id(0) // (query_blocks * per_block)).to(tl.int64)
-    block = tl.program_id(0) % (query_blocks * per_block) // per_block
-    within = tl.program_id(0) % per_block * QUERIES
-    first = block * BLOCK_Q + within
-    batch = plane // heads
-    head = plane % heads
+    plane, batch, head, block, within, first = own_queries(heads, query_blocks, BLOCK_Q, QUERIES)
     own = (batch * (heads // group) + head // group) * keys
     row = first + tl.arange(0, QUERIES)
     there = row < queries
@@ -228,12 +227,7 @@ def query_gradients_kernel(
     listed = row_start + batch * list_batch + head * list_head + block
     steps: tl.constexpr = BLOCK_K // KEYS
     for step in range(tl.load(listed) * steps, tl.load(listed + 1) * steps):
-        entry = step // steps
-        inner = step % steps * KEYS
-        masked = -1
-        if HAS_MASKS:
-            masked = tl.load(tile + entry)
-        start = tl.load(columns + entry) * BLOCK_K + inner
+        entry, inner, start, masked = listed_tile(step, steps, columns, tile, HAS_MASKS, BLOCK_K, KEYS)
         wanted = True
         if HAS_LEFT or HAS_RIGHT:
             wanted = meets(first, start, queries, keys, left, right, HAS_LEFT, HAS_RIGHT, QUERIES, KEYS)
@@ -353,7 +347,7 @@ _KERNELS = {"forward": forward_kernel, "key_gradients": key_gradients_kernel, "q
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every tiling of the table with the options that change the code."""
+    """The half-precision tilings of the table with the options that change the code; neighbourhoods share the table, with float32."""
     cases = []
     plain: dict[str, Any] = {
         "HAS_BIAS": False,
@@ -369,7 +363,7 @@ def compile_cases() -> list[CompileCase]:
     for arch in ("ampere", "hopper", "cdna"):
         for name, kernel in _KERNELS.items():
             for dim, dtype, variant, options in [
-                (64, "fp16", "all", full), (128, "bf16", "causal", causal), (256, "bf16", "plain", plain), (64, "fp32", "all", full),
+                (64, "fp16", "all", full), (128, "bf16", "causal", causal), (256, "bf16", "plain", plain),
             ]:  # fmt: skip
                 own = {key: value for key, value in {**options, "BLOCK_Q": 64, "BLOCK_K": 64}.items() if key in kernel.arg_names}
                 crowded, quick = variant == "all", variant == "all" and dtype == "fp16"

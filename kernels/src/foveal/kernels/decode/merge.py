@@ -36,8 +36,9 @@ def merge_attention(
     References:
         Milakov, Gimelshein, Online normalizer calculation for softmax, 2018. Dao et al., Flash-Decoding, 2023.
     """
-    if len(outs) == 0 or len(outs) != len(lses):
-        raise ValueError(f"outs and lses must hold the same number of parts, at least one; got {len(outs)} and {len(lses)}")
+    counts = [len(parts) if not isinstance(parts, Tensor) or parts.dim() else 0 for parts in (outs, lses)]
+    if counts[0] == 0 or counts[0] != counts[1]:
+        raise ValueError(f"outs and lses must hold the same number of parts, at least one; got {counts[0]} and {counts[1]}")
     shapes = [(tuple(out.shape), tuple(lse.shape)) for out, lse in zip(outs, lses, strict=True)]
     if any(out[:-1] != lse or (out, lse) != shapes[0] for out, lse in shapes):
         raise ValueError(f"each part must be an output (..., dim) and a log-sum-exp (...), all of one shape; got {shapes}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from foveal.kernels.decode import cpu
 from foveal.kernels.decode.reference import decode_reference
 from foveal.kernels.dispatch import Candidates, choose, why_not_triton
-from foveal.kernels.library import operator
+from foveal.kernels.library import differentiate_twice, operator
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -262,17 +262,12 @@ def _remember_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _differentiate_twice(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
     """The gradient of the gradient, through the definition."""
-    *floating, cache_seqlens, kv_index, page_table = ctx.saved_tensors
-    with torch.enable_grad():
-        leaves: list[Any] = [t if t is None else t.detach().requires_grad_() for t in floating]
-        dout, dlse, q, k_cache, v_cache = leaves
-        out, lse = decode_reference(q, k_cache, v_cache, cache_seqlens, kv_index, page_table, *ctx.options)
-        results, weights = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
-        first = torch.autograd.grad(results, [q, k_cache, v_cache], weights, create_graph=True)
-        pairs = [(a, b) for a, b in zip(first, second, strict=True) if b is not None]
-        wanted = [leaf for leaf in leaves if leaf is not None]
-        found = iter(torch.autograd.grad([a for a, _ in pairs], wanted, [b for _, b in pairs], allow_unused=True))
-    return (*(None if leaf is None else next(found) for leaf in leaves), *(None,) * 7)
+    dout, dlse, q, k_cache, v_cache, *places = ctx.saved_tensors
+
+    def definition(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
+        return decode_reference(q, k_cache, v_cache, *places, *ctx.options)
+
+    return (*differentiate_twice(definition, (dout, dlse), (q, k_cache, v_cache), second), *(None,) * 7)
 
 
 decode_backward.register_autograd(_differentiate_twice, setup_context=_remember_backward)

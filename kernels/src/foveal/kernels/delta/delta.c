@@ -18,14 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* One library for every x86-64: the loader picks the widest form the processor has. */
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
+#include "../native.h"
 
 #define VECTOR_BYTES 64
 #define WIDEST 4 /* vectors in a block of lanes */
@@ -40,10 +33,6 @@ typedef struct {
     void *dq, *dk, *dv, *dinitial_state;
     void *dbeta, *dg; /* (batch, heads, blocks of values, length) and (batch, heads, blocks of keys, length); dg to be summed from the end */
 } Problem;
-
-#define JOIN_(name, type) name##_##type
-#define JOIN(name, type) JOIN_(name, type)
-#define NAME(name) JOIN(name, REAL)
 
 #define REAL float
 #include __FILE__

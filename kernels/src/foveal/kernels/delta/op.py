@@ -12,13 +12,13 @@ from torch.nn import functional as F
 from foveal.kernels.delta import chunked, cpu
 from foveal.kernels.delta.reference import gated_delta_rule_reference, titans_reference
 from foveal.kernels.dispatch import Candidates, choose, why_not_triton
-from foveal.kernels.library import fold_into_batch, operator
+from foveal.kernels.library import differentiate_twice, fold_into_batch, operator
 from foveal.kernels.linear.packed import pack, places, unpack
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-#: Largest head dimension and chunk whose products the Triton kernels keep on chip.
+#: Largest head dimension, of all states together, and largest chunk whose products the Triton kernels keep in registers.
 LARGEST_TRITON_DIM, LARGEST_TRITON_CHUNK = 128, 16
 
 
@@ -197,12 +197,12 @@ def gated_delta_rule_step(
     normalize_qk: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One token of `gated_delta_rule`, for decoding: (output, state after it). Arguments as there, without the length."""
-    _check_state("state", state, (*k.shape, v.shape[-1]))
+    q, k, v, rates = _one_token(q, k, v, {"beta": beta, **({} if g is None else {"g": g})})
+    _check_state("state", state, (*k.shape[:2], k.shape[3], v.shape[3]))
     q, k, v = _cast(q, k, v, normalize_qk)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    rates = (beta[..., None], None if g is None else g[..., None])
     with torch.autocast(q.device.type, enabled=False):
-        out, state = gated_delta_rule_reference(q[:, :, None], k[:, :, None], v[:, :, None], *rates, state, scale)
+        out, state = gated_delta_rule_reference(q, k, v, rates["beta"], rates.get("g"), state, scale)
     return out[:, :, 0], state
 
 
@@ -226,13 +226,13 @@ def titans_step(
     normalize_qk: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """One token of `titans`, for decoding: (output, (memory, momentum) after it). Arguments as there, without the length."""
+    q, k, v, rates = _one_token(q, k, v, {"theta": theta, "alpha": alpha, "eta": eta})
     for name, part in zip(("memory", "momentum"), state, strict=True):
-        _check_state(name, part, (*k.shape, v.shape[-1]))
+        _check_state(name, part, (*k.shape[:2], k.shape[3], v.shape[3]))
     q, k, v = _cast(q, k, v, normalize_qk)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    q, k, v, theta, alpha, eta = q[:, :, None], k[:, :, None], v[:, :, None], theta[..., None], alpha[..., None], eta[..., None]
     with torch.autocast(q.device.type, enabled=False):
-        out, state = titans_reference(q, k, v, theta, alpha, eta, state, scale)
+        out, state = titans_reference(q, k, v, rates["theta"], rates["alpha"], rates["eta"], state, scale)
     return out[:, :, 0], state
 
 
@@ -265,6 +265,18 @@ def _check(q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor], chunk_size
         raise ValueError(f"all tensors must be on one device; got {', '.join(sorted(map(str, devices)))}")
 
 
+def _one_token(q: Tensor, k: Tensor, v: Tensor, rates: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Checked, with a length of 1."""
+    for name, tensor, shape in (("q", q, "dim"), ("k", k, "dim"), ("v", v, "value_dim")):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 3:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name} must have shape (batch, heads, {shape}), one token; got {got}")
+    q, k, v = q[:, :, None], k[:, :, None], v[:, :, None]
+    rates = {name: rate[..., None] for name, rate in rates.items()}
+    _check(q, k, v, rates, 1)
+    return q, k, v, rates
+
+
 def _check_state(name: str, state: Tensor | None, shape: tuple[int, ...]) -> None:
     if state is not None and state.shape != shape:
         raise ValueError(f"{name} must have shape (batch, heads, dim, value_dim) = {tuple(shape)}; got {tuple(state.shape)}")
@@ -280,11 +292,11 @@ def _cast(q: Tensor, k: Tensor, v: Tensor, normalize_qk: bool) -> tuple[Tensor, 
     return (F.normalize(q, dim=-1), F.normalize(k, dim=-1), v) if normalize_qk else (q, k, v)
 
 
-def _why_no_walk_in_triton(chunk_size: int, q: Tensor, *tensors: Tensor | None) -> str | None:
-    """Reason why the kernel that walks from chunk to chunk cannot take the call, or None."""
+def _why_no_walk_in_triton(parts: int, chunk_size: int, q: Tensor, *tensors: Tensor | None) -> str | None:
+    """Reason why the kernel that walks from chunk to chunk with `parts` states cannot take the call, or None."""
     reason = why_not_triton(q, *tensors)
-    if reason is None and q.shape[3] > LARGEST_TRITON_DIM:
-        reason = f"it takes head dimensions up to {LARGEST_TRITON_DIM}, this one is {q.shape[3]}"
+    if reason is None and parts * q.shape[3] > LARGEST_TRITON_DIM:
+        reason = f"it takes head dimensions up to {LARGEST_TRITON_DIM // parts}, this one is {q.shape[3]}"
     if reason is None and chunk_size > LARGEST_TRITON_CHUNK:
         reason = f"it takes chunks of up to {LARGEST_TRITON_CHUNK} tokens, these are of {chunk_size}"
     return reason
@@ -293,7 +305,7 @@ def _why_no_walk_in_triton(chunk_size: int, q: Tensor, *tensors: Tensor | None) 
 def _candidates(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None, chunk_size: int) -> Candidates:
     on_cpu = q.device.type == "cpu"
     c = cpu.why_not() if on_cpu else f"it needs tensors on the CPU, these are on {q.device.type}"
-    triton = _why_no_walk_in_triton(chunk_size, q, k, v, beta, g, initial_state)
+    triton = _why_no_walk_in_triton(1, chunk_size, q, k, v, beta, g, initial_state)
     return [("triton", triton), ("cpu", c), ("torch", None), ("reference", None)]
 
 
@@ -301,7 +313,7 @@ def _titans_candidates(
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor, alpha: Tensor, eta: Tensor, states: tuple[Tensor, Tensor] | None, chunk_size: int
 ) -> Candidates:
     return [
-        ("triton", _why_no_walk_in_triton(chunk_size, q, k, v, theta, alpha, eta, *(states or ()))),
+        ("triton", _why_no_walk_in_triton(2, chunk_size, q, k, v, theta, alpha, eta, *(states or ()))),
         ("torch", None),
         ("reference", None),
         ("cpu", "it has no C form: its chunks are matrix products, which torch does"),
@@ -415,20 +427,13 @@ def _remember_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _differentiate_twice(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
     """The gradient of the gradient, through the chunked torch form. The errors are functions of the inputs there."""
-    with torch.enable_grad():
-        leaves: list[Any] = [t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
-        dout, dfinal_state, *tensors = leaves
-        q, k, v, beta, g, initial_state = tensors
-        out, state = chunked.gated_delta_rule(q, k, v, beta, g, initial_state, ctx.scale, 16)
-        results, into = ([out], [dout]) if dfinal_state is None else ([out, state], [dout, dfinal_state])
-        present = [value for value in tensors if value is not None]
-        first = iter(torch.autograd.grad(results, present, into, create_graph=True, allow_unused=True, materialize_grads=True))
-        gradients = [None if value is None else next(first) for value in tensors]
-        pairs = [(a, b) for a, b in zip(gradients, second, strict=True) if a is not None and b is not None]
-        wanted = [leaf for leaf in leaves if leaf is not None]
-        found = iter(torch.autograd.grad([a for a, _ in pairs], wanted, [b for _, b in pairs], allow_unused=True))
-    results_of = [None if leaf is None else next(found) for leaf in leaves]
-    return (*results_of[:2], None, *results_of[2:], None, None)
+    dout, dfinal_state, *inputs = ctx.saved_tensors
+
+    def definition(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return chunked.gated_delta_rule(q, k, v, beta, g, initial_state, ctx.scale, 16)
+
+    gradients = differentiate_twice(definition, (dout, dfinal_state), inputs, second)
+    return (*gradients[:2], None, *gradients[2:], None, None)
 
 
 delta_rule_backward.register_autograd(_differentiate_twice, setup_context=_remember_backward)

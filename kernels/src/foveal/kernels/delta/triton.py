@@ -178,7 +178,7 @@ def compile_cases() -> list[CompileCase]:
     """Both walks at the usual head dims and the largest chunk, with one state (the delta rule) and with two (Titans)."""
     cases = []
     for parts, prefix in ((1, ""), (2, "titans-")):
-        for dim, tokens in ((64, 16), (128, 16)):
+        for dim, tokens in ((64, 16), (128, 16))[: 3 - parts]:
             for precision, targets in (("tf32x3", ("sm_80", "sm_90", "sm_100")), ("ieee", ("gfx942",))):
                 constants = {**_blocks(tokens, dim, dim, parts), "PRECISION": precision}
                 for name, kernel in (("forward", walk_forward_kernel), ("backward", walk_backward_kernel)):

@@ -1,8 +1,9 @@
 """Attention on the CPU without a (query, key) array: which form runs a call, and what surrounds it.
 
-Three forms: torch's flash kernels (`cpu_flash`) where they can serve, blocks of logits in the cache (`cpu_tiles`) where they cannot or where
-a gradient is wanted that they lack, and for short sequences (up to 64) one batched product, which is a block of many heads: there the flash
-kernel's set-up costs more than the product. Sequences of different lengths run one after another, those of one length together.
+Softmax in float32, plain or with a bias, is one call of C (`cpu_native`), sequences of different lengths included. What is left has three
+forms: torch's flash kernels (`cpu_flash`) where they can serve, blocks of logits in the cache (`cpu_tiles`) where they cannot or where a
+gradient is wanted that they lack, and for short sequences (up to 64) one batched product, which is a block of many heads: there the flash
+kernel's set-up costs more than the product. Sequences of different lengths run one after another then, those of one length together.
 
 Sink and gate are outside of all that: a sink is one more term of a row's sum, so it rescales the row's output; a gate scales it.
 """
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from foveal.kernels.dense import cpu_flash, cpu_tiles
+from foveal.kernels.dense import cpu_flash, cpu_native, cpu_tiles
 from foveal.kernels.dense.call import Call
 from foveal.kernels.dense.reference import bounds_of_sequences, finite_above
 
@@ -31,7 +32,8 @@ _BEYOND_FLASH = ("bias", "score_bias", "temperature", "alibi", "table")
 
 def forward(call: Call, out: Float[Tensor, "batch heads query value_dim"], lse: Float[Tensor, "batch heads query"]) -> None:
     """Fill `out` and `lse`."""
-    if call.cu_queries is not None:
+    natively = cpu_native.serves(call)
+    if call.cu_queries is not None and not natively:
         for bucket in _buckets(call):
             part = bucket.call(call)
             part_out, part_lse = bucket.queries_of(out), bucket.queries_of(lse)
@@ -39,22 +41,27 @@ def forward(call: Call, out: Float[Tensor, "batch heads query value_dim"], lse: 
             bucket.put_queries(out, part_out)
             bucket.put_queries(lse, part_lse)
         return
-    empty = 0 in (*call.q.shape, *call.k.shape)
-    if empty or call.left >= 0 or call.right >= 0:  # rows that see no key are in no block
-        out.zero_()
-    lse.fill_(float("-inf") if call.normalize == "sum" else cpu_tiles.log_divisor(call))
-    if not empty:
-        call = _bounded(call)
-        if _flash_serves(call) and max(call.q.shape[2], call.k.shape[2]) > SHORT:
-            cpu_flash.forward(call, out, lse)
-        else:
-            cpu_tiles.forward(call, out, lse)
+    call = _bounded(call)
+    if natively:
+        cpu_native.forward(call, out, lse)
+    else:
+        _in_torch(call, out, lse)
     if call.sinks is not None:
         total = torch.logaddexp(lse, call.sinks[..., None])
         out.mul_((lse - total).exp_()[..., None])
         lse.copy_(total)
     if call.gate is not None:
         out.mul_(call.gate.to(call.wide).sigmoid())
+
+
+def _in_torch(call: Call, out: Tensor, lse: Tensor) -> None:
+    empty = 0 in (*call.q.shape, *call.k.shape)
+    if empty or call.left >= 0 or call.right >= 0:  # rows that see no key are in no block
+        out.zero_()
+    lse.fill_(float("-inf") if call.normalize == "sum" else cpu_tiles.log_divisor(call))
+    if not empty:
+        by_flash = _flash_serves(call) and max(call.q.shape[2], call.k.shape[2]) > SHORT
+        (cpu_flash if by_flash else cpu_tiles).forward(call, out, lse)
 
 
 def backward(
@@ -66,7 +73,8 @@ def backward(
     gradients: dict[str, Tensor],
 ) -> None:
     """Fill `gradients`: of q, k and v, and of the optional inputs that it names."""
-    if call.cu_queries is not None:
+    natively = cpu_native.differentiates(call, gradients)
+    if call.cu_queries is not None and not natively:
         _backward_by_bucket(call, dout, dlse, out, lse, gradients)
         return
     for name, gradient in gradients.items():
@@ -74,7 +82,7 @@ def backward(
             gradient.zero_()
     given, call = call, _bounded(call)
     empty = 0 in (*call.q.shape, *call.k.shape)
-    by_flash = dlse is None and _flash_serves(call) and not any(name in gradients for name in _BEYOND_FLASH)
+    by_flash = not natively and dlse is None and _flash_serves(call) and not any(name in gradients for name in _BEYOND_FLASH)
     by_flash = by_flash and max(call.q.shape[2], call.k.shape[2]) > SHORT
     delta = None
     if not by_flash or "sinks" in gradients:  # torch's flash backward makes its own
@@ -97,7 +105,9 @@ def backward(
         for name in ("q", "k", "v"):
             gradients[name].zero_()
         return
-    if delta is None or by_flash:
+    if natively and delta is not None:
+        cpu_native.backward(call, dout, delta, lse, gradients)
+    elif delta is None or by_flash:
         cpu_flash.backward(call, dout, out, lse, gradients)
     else:
         cpu_tiles.backward(call, dout, delta, lse, gradients)

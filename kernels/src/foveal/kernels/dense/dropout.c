@@ -8,12 +8,7 @@
 
 #include <stdint.h>
 
-/* One library for every x86-64: the loader picks the widest form the processor has. */
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
+#include "../native.h"
 
 #define ROUNDS 7
 
@@ -27,10 +22,6 @@ typedef struct {
 } Problem;
 
 static inline uint32_t high(uint32_t a, uint32_t b) { return (uint32_t)(((uint64_t)a * b) >> 32); }
-
-#define JOIN_(name, type) name##_##type
-#define JOIN(name, type) JOIN_(name, type)
-#define NAME(name) JOIN(name, REAL)
 
 #define REAL float
 #include __FILE__

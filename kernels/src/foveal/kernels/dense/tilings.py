@@ -36,7 +36,7 @@ TILINGS: dict[tuple[str, str, int], tuple[Tiling, Tiling, Tiling]] = {
     ("key_gradients", "hopper", 4): (Tiling(32, 32, 4, 1), Tiling(16, 16, 4, 1, True), Tiling(16, 16, 8, 1, True)),
     ("key_gradients", "cdna", 4): (Tiling(32, 32, 4, 1), Tiling(16, 32, 4, 1, True), Tiling(16, 16, 4, 1, True)),
     ("query_gradients", "ampere", 2): (Tiling(64, 64, 4, 2), Tiling(64, 32, 4, 2), Tiling(64, 32, 8, 1)),
-    ("query_gradients", "hopper", 2): (Tiling(64, 64, 4, 2), Tiling(64, 64, 8, 2), Tiling(32, 32, 8, 1)),
+    ("query_gradients", "hopper", 2): (Tiling(64, 64, 4, 2), Tiling(64, 64, 8, 2), Tiling(64, 32, 8, 1)),
     ("query_gradients", "cdna", 2): (Tiling(64, 32, 4, 1), Tiling(64, 32, 8, 1), Tiling(32, 16, 4, 1)),
     ("query_gradients", "ampere", 4): (Tiling(32, 32, 4, 1), Tiling(16, 16, 4, 1), Tiling(16, 16, 8, 1)),
     ("query_gradients", "hopper", 4): (Tiling(32, 32, 4, 1), Tiling(16, 16, 4, 1), Tiling(16, 16, 8, 1)),
@@ -58,8 +58,8 @@ def tiling(kernel: str, architecture: str, itemsize: int, width: int, *, modifie
     """The table's entry for a kernel.
 
     What changes the logits takes as many registers as they do, and what it loads a second stage of the pipeline would hold twice. So the
-    tile is halved for it, on both sides where a wide head's sums leave less room, and runs in one stage; `key_gradients`, which holds two
-    sums besides, spreads over eight warps.
+    tile is halved for it, forward on both sides where it is large or a wide head's sums leave less room. Forward and `key_gradients` run in one
+    stage then, and `key_gradients`, which holds two sums, spreads over eight warps besides.
     """
     if interpreting():  # a tile costs the same whatever its size
         return Tiling(64, 64, 4, 1, split=width > 64)
@@ -67,11 +67,12 @@ def tiling(kernel: str, architecture: str, itemsize: int, width: int, *, modifie
     if not modified:
         return entry
     if kernel == "query_gradients":
-        return replace(entry, keys=max(16, entry.keys // 2), stages=1)
+        return replace(entry, keys=max(16, entry.keys // 2))
     if kernel == "forward":
-        return replace(entry, queries=max(16, entry.queries // 2), keys=max(16, entry.keys // (1 if width <= 64 else 2)), stages=1)
+        rows, keys = entry.queries // 2, entry.keys // 2 if entry.keys > 32 or width > 64 else entry.keys
+        return replace(entry, queries=max(16, rows if width <= 128 else min(32, rows)), keys=max(16, keys), stages=1)
     least, warps = (32, 8) if itemsize == 2 else (16, entry.warps)
-    return replace(entry, queries=max(least, entry.queries // 2), warps=warps, stages=1)
+    return replace(entry, queries=min(entry.queries, max(least, entry.queries // 2)), warps=warps, stages=1)
 
 
 def shortened(tiles: Tiling, queries: int, keys: int) -> Tiling:

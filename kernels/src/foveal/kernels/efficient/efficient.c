@@ -14,14 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* One library for every x86-64: the loader picks the widest form the processor has. */
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
+#include "../native.h"
 
 /* Mirrored field by field by `Problem` in cpu.py. Strides of (batch, head, row) count elements; elements of a row are adjacent. */
 typedef struct {
@@ -59,10 +52,6 @@ INLINE float decay_float(float x) {
 }
 
 INLINE double decay_double(double x) { return exp(x); }
-
-#define JOIN_(name, type) name##_##type
-#define JOIN(name, type) JOIN_(name, type)
-#define NAME(name) JOIN(name, REAL)
 
 #define REAL float
 #include __FILE__

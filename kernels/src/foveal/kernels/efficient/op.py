@@ -11,7 +11,7 @@ from torch import Tensor
 from foveal.kernels.dispatch import Candidates, choose, why_not_triton
 from foveal.kernels.efficient import cpu
 from foveal.kernels.efficient.reference import efficient_attention_reference
-from foveal.kernels.library import fold_into_batch, operator
+from foveal.kernels.library import differentiate_twice, fold_into_batch, operator
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -70,7 +70,7 @@ def efficient_attention(
 
 
 #: Head and value dimensions whose summary of the values one program keeps in registers.
-LARGEST_TRITON_DIM = 64
+LARGEST_TRITON_DIM = 32
 
 
 def _candidates(q: Tensor, k: Tensor, v: Tensor) -> Candidates:
@@ -175,16 +175,12 @@ def _remember_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _differentiate_twice(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
     """The gradient of the gradient, through the definition."""
-    *tensors, mask = ctx.saved_tensors
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        dout, *sources = leaves
-        q, k, v = sources
-        out = efficient_attention_reference(q, k, v, mask, ctx.scale)
-        first = torch.autograd.grad(out, sources, dout, create_graph=True)
-        pairs = [(a, b) for a, b in zip(first, second, strict=True) if b is not None]
-        found = torch.autograd.grad([a for a, _ in pairs], leaves, [b for _, b in pairs], allow_unused=True)
-    return (*found, None, None, None)
+    dout, *inputs, mask = ctx.saved_tensors
+
+    def definition(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+        return (efficient_attention_reference(q, k, v, mask, ctx.scale),)
+
+    return (*differentiate_twice(definition, (dout,), inputs, second), None, None, None)
 
 
 efficient_backward.register_autograd(_differentiate_twice, setup_context=_remember_backward)

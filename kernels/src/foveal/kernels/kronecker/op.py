@@ -10,13 +10,13 @@ from torch import Tensor
 
 from foveal.kernels.dispatch import Candidates, choose, why_not_triton
 from foveal.kernels.kronecker.reference import kronecker_attention_reference
-from foveal.kernels.library import fold_into_batch, operator
+from foveal.kernels.library import differentiate_twice, fold_into_batch, operator
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 #: Head and value dimensions whose rows the Triton kernels keep in registers.
-LARGEST_TRITON_DIM = 128
+LARGEST_TRITON_DIM = 64
 
 
 def kronecker_attention(
@@ -222,19 +222,14 @@ def _remember_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _differentiate_twice(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
     """The gradient of the gradient, through the definition: all triples. Output and log-sum-exp are functions of the inputs there."""
-    *tensors, mask1, mask2 = ctx.saved_tensors
-    with torch.enable_grad():
-        leaves: list[Any] = [t if t is None else t.detach().requires_grad_() for t in tensors]
-        dout, dlse, *sources = leaves
-        q, k1, k2, v1, v2 = sources
-        causal, scale = ctx.options
-        out, lse = kronecker_attention_reference(q, k1, k2, v1, v2, mask1, mask2, causal, scale)
-        results, into = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
-        first = torch.autograd.grad(results, sources, into, create_graph=True)
-        pairs = [(a, b) for a, b in zip(first, second, strict=True) if b is not None]
-        wanted = [leaf for leaf in leaves if leaf is not None]
-        found = iter(torch.autograd.grad([a for a, _ in pairs], wanted, [b for _, b in pairs], allow_unused=True))
-    gradients = [None if leaf is None else next(found) for leaf in leaves]
+    dout, dlse, *inputs, mask1, mask2 = ctx.saved_tensors
+
+    causal, scale = ctx.options
+
+    def definition(q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor) -> tuple[Tensor, Tensor]:
+        return kronecker_attention_reference(q, k1, k2, v1, v2, mask1, mask2, causal, scale)
+
+    gradients = differentiate_twice(definition, (dout, dlse), inputs, second)
     return (*gradients[:2], None, None, *gradients[2:], None, None, None, None, None)
 
 

@@ -3,8 +3,8 @@
 A forward program owns a query: its first keys, times it, meet the second keys, as queries meet keys in flash attention; each first key has a
 running softmax over the second keys, and these are merged into the query's. `query_gradients_kernel` owns a query too. A program of
 `key_gradients_kernel` owns a key, of the first or of the second kind: the definition is the same with the two exchanged, so one kernel is
-launched for both. Each recomputes the logits from the log-sum-exp; no atomics, the same bits every time. Half-precision inputs are multiplied
-in their own type and summed in float32; float32 takes three TF32 products.
+launched for both. Each recomputes the logits from the log-sum-exp; no atomics, the same bits every time. Everything inside is float32, as in
+the definition: a half's product of query and key, rounded again, would be off by more than the output's rounding.
 """
 
 from __future__ import annotations
@@ -16,20 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.kernels.dispatch import interpreting
-from foveal.kernels.gathered import precision, width
+from foveal.kernels.gathered import precision, width, written
 from foveal.kernels.testing.compile import CompileCase
-
-_DOT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-_DTYPES = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32}
 
 
 @triton.jit
-def load_rows(base, first, length, DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr):
-    """(BLOCK, WIDTH) of a contiguous (length, DIM) matrix from row `first`; zeros beyond."""
+def load_rows(base, first, length, DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """(BLOCK, WIDTH) of a contiguous (length, DIM) matrix from row `first`, float32; zeros beyond."""
     row, column = first + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     inside = (row < length)[:, None] & (column < DIM)[None, :]
-    return tl.load(base + row[:, None] * DIM + column[None, :], mask=inside, other=0.0).to(TYPE)
+    return tl.load(base + row[:, None] * DIM + column[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -66,7 +62,7 @@ def visible(length, queries, last_query, CAUSAL: tl.constexpr):
 def forward_kernel(
     q, k1, k2, v1, v2, mask1, mask2, out, lse, heads, queries, first, second, scale,
     CAUSAL: tl.constexpr, DIM: tl.constexpr, VALUES: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of one query."""
     pair = (tl.program_id(0) // queries).to(tl.int64)
@@ -79,7 +75,7 @@ def forward_kernel(
     largest = tl.full([], float("-inf"), tl.float32)
     total = tl.full([], 0.0, tl.float32)
     for j in range(0, first_end, ROWS):
-        product = (load_rows(k1 + pair * first * DIM, j, first, DIM, ROWS, WIDTH, tl.float32) * row[None, :]).to(DOT)
+        product = load_rows(k1 + pair * first * DIM, j, first, DIM, ROWS, WIDTH) * row[None, :]
         index = j + tl.arange(0, ROWS)
         live = counted(mask1, batch, index, first) & (index < first_end)
         top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -88,21 +84,21 @@ def forward_kernel(
         for start in range(0, second_end, COLUMNS):
             other = start + tl.arange(0, COLUMNS)
             seen = live[:, None] & (counted(mask2, batch, other, second) & (other < second_end))[None, :]
-            keys = load_rows(k2 + pair * second * DIM, start, second, DIM, COLUMNS, WIDTH, DOT)
+            keys = load_rows(k2 + pair * second * DIM, start, second, DIM, COLUMNS, WIDTH)
             logits = tl.where(seen, tl.dot(product, tl.trans(keys), input_precision=PRECISION), float("-inf"))
             higher = tl.maximum(top, tl.max(logits, 1))
             anchor = tl.where(higher == float("-inf"), 0.0, higher)
             weights = tl.exp(logits - anchor[:, None])
             shrink = tl.exp(top - anchor)
             sums = sums * shrink + tl.sum(weights, 1)
-            values = load_rows(v2 + pair * second * VALUES, start, second, VALUES, COLUMNS, VALUE_WIDTH, DOT)
-            read = tl.dot(weights.to(DOT), values, read * shrink[:, None], input_precision=PRECISION)
+            values = load_rows(v2 + pair * second * VALUES, start, second, VALUES, COLUMNS, VALUE_WIDTH)
+            read = tl.dot(weights, values, read * shrink[:, None], input_precision=PRECISION)
             top = higher
         best = tl.maximum(largest, tl.max(top, 0))
         anchor = tl.where(best == float("-inf"), 0.0, best)
         share = tl.exp(top - anchor)
         shrink = tl.exp(largest - anchor)
-        values = load_rows(v1 + pair * first * VALUES, j, first, VALUES, ROWS, VALUE_WIDTH, tl.float32)
+        values = load_rows(v1 + pair * first * VALUES, j, first, VALUES, ROWS, VALUE_WIDTH)
         gathered = gathered * shrink + tl.sum(values * read * share[:, None], 0)
         total = total * shrink + tl.sum(sums * share, 0)
         largest = best
@@ -116,7 +112,7 @@ def forward_kernel(
 def query_gradients_kernel(
     q, k1, k2, v1, v2, mask1, mask2, dout, lse, taken, dq, heads, queries, first, second, scale,
     CAUSAL: tl.constexpr, DIM: tl.constexpr, VALUES: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one query."""
     pair = (tl.program_id(0) // queries).to(tl.int64)
@@ -131,21 +127,21 @@ def query_gradients_kernel(
     second_end = visible(second, queries, query, CAUSAL)
     gathered = tl.zeros([WIDTH], tl.float32)
     for j in range(0, first_end, ROWS):
-        own = load_rows(k1 + pair * first * DIM, j, first, DIM, ROWS, WIDTH, tl.float32)
-        product = (own * row[None, :]).to(DOT)
-        given = (load_rows(v1 + pair * first * VALUES, j, first, VALUES, ROWS, VALUE_WIDTH, tl.float32) * wanted[None, :]).to(DOT)
+        own = load_rows(k1 + pair * first * DIM, j, first, DIM, ROWS, WIDTH)
+        product = own * row[None, :]
+        given = load_rows(v1 + pair * first * VALUES, j, first, VALUES, ROWS, VALUE_WIDTH) * wanted[None, :]
         index = j + tl.arange(0, ROWS)
         live = counted(mask1, batch, index, first) & (index < first_end)
         through = tl.zeros([ROWS, WIDTH], tl.float32)
         for start in range(0, second_end, COLUMNS):
             other = start + tl.arange(0, COLUMNS)
             seen = live[:, None] & (counted(mask2, batch, other, second) & (other < second_end))[None, :]
-            keys = load_rows(k2 + pair * second * DIM, start, second, DIM, COLUMNS, WIDTH, DOT)
+            keys = load_rows(k2 + pair * second * DIM, start, second, DIM, COLUMNS, WIDTH)
             logits = tl.where(seen, tl.dot(product, tl.trans(keys), input_precision=PRECISION), float("-inf"))
-            values = load_rows(v2 + pair * second * VALUES, start, second, VALUES, COLUMNS, VALUE_WIDTH, DOT)
+            values = load_rows(v2 + pair * second * VALUES, start, second, VALUES, COLUMNS, VALUE_WIDTH)
             dweights = tl.dot(given, tl.trans(values), input_precision=PRECISION)
             dlogits = tl.exp(logits - anchor) * (dweights - less)
-            through = tl.dot(dlogits.to(DOT), keys, through, input_precision=PRECISION)
+            through = tl.dot(dlogits, keys, through, input_precision=PRECISION)
         gathered += tl.sum(through * own, 0)
     store_row(dq + (pair * queries + query) * DIM, gathered * scale, DIM, WIDTH)
 
@@ -154,7 +150,7 @@ def query_gradients_kernel(
 def key_gradients_kernel(
     q, k1, k2, v1, v2, mask1, mask2, dout, lse, taken, dk1, dv1, heads, queries, first, second, scale,
     CAUSAL: tl.constexpr, DIM: tl.constexpr, VALUES: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one first key and its value; of a second one where the two kinds are exchanged."""
     pair = (tl.program_id(0) // first).to(tl.int64)
@@ -172,10 +168,10 @@ def key_gradients_kernel(
         begin = tl.maximum(own + queries - first, 0) // ROWS * ROWS
     for i in range(begin, end, ROWS):
         row = i + tl.arange(0, ROWS)
-        tile = load_rows(q + pair * queries * DIM, i, queries, DIM, ROWS, WIDTH, tl.float32)
-        wanted = load_rows(dout + pair * queries * VALUES, i, queries, VALUES, ROWS, VALUE_WIDTH, tl.float32)
-        product = (tile * key[None, :]).to(DOT)
-        given = (wanted * value[None, :]).to(DOT)
+        tile = load_rows(q + pair * queries * DIM, i, queries, DIM, ROWS, WIDTH)
+        wanted = load_rows(dout + pair * queries * VALUES, i, queries, VALUES, ROWS, VALUE_WIDTH)
+        product = tile * key[None, :]
+        given = wanted * value[None, :]
         anchor = tl.load(lse + pair * queries + row, mask=row < queries, other=float("-inf"))
         anchor = tl.where(anchor == float("-inf"), float("inf"), anchor)
         less = tl.load(taken + pair * queries + row, mask=row < queries, other=0.0)
@@ -189,40 +185,36 @@ def key_gradients_kernel(
             seen = live[:, None] & counted(mask2, batch, other, second)[None, :]
             if CAUSAL:
                 seen = seen & (other[None, :] <= row[:, None] + second - queries)
-            keys = load_rows(k2 + pair * second * DIM, start, second, DIM, COLUMNS, WIDTH, DOT)
+            keys = load_rows(k2 + pair * second * DIM, start, second, DIM, COLUMNS, WIDTH)
             logits = tl.where(seen, tl.dot(product, tl.trans(keys), input_precision=PRECISION), float("-inf"))
             weights = tl.exp(logits - anchor[:, None])
-            values = load_rows(v2 + pair * second * VALUES, start, second, VALUES, COLUMNS, VALUE_WIDTH, DOT)
-            read = tl.dot(weights.to(DOT), values, read, input_precision=PRECISION)
+            values = load_rows(v2 + pair * second * VALUES, start, second, VALUES, COLUMNS, VALUE_WIDTH)
+            read = tl.dot(weights, values, read, input_precision=PRECISION)
             dweights = tl.dot(given, tl.trans(values), input_precision=PRECISION)
             dlogits = weights * (dweights - less[:, None])
-            through = tl.dot(dlogits.to(DOT), keys, through, input_precision=PRECISION)
+            through = tl.dot(dlogits, keys, through, input_precision=PRECISION)
         key_sum += tl.sum(through * tile, 0)
         value_sum += tl.sum(read * wanted, 0)
     store_row(dk1 + (pair * first + own) * DIM, key_sum * scale, DIM, WIDTH)
     store_row(dv1 + (pair * first + own) * VALUES, value_sum, VALUES, VALUE_WIDTH)
 
 
-def _tiling(dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
-    """Pairs and keys of a tile. Float32 takes three TF32 products, whose parts stand in registers: smaller tiles, twice the warps sooner."""
-    wide = max(width(dim), width(value_dim)) > 64
-    if itemsize == 4:
-        return {"ROWS": 32, "COLUMNS": 32, "num_warps": 8 if wide else 4, "num_stages": 1}
-    return {"ROWS": 64, "COLUMNS": 64, "num_warps": 8 if wide else 4, "num_stages": 2}
+def _tiling(dim: int, value_dim: int) -> dict[str, int]:
+    """Pairs and keys of a tile: the parts of three TF32 products stand in registers, so a wide head takes twice the warps."""
+    return {"ROWS": 32, "COLUMNS": 32, "num_warps": 8 if max(width(dim), width(value_dim)) > 64 else 4, "num_stages": 1}
 
 
-def _constants(dim: int, value_dim: int, dot: str, precision: str, causal: bool) -> dict[str, Any]:
+def _constants(dim: int, value_dim: int, products: str, causal: bool) -> dict[str, Any]:
     sizes = {"DIM": dim, "VALUES": value_dim, "WIDTH": width(dim), "VALUE_WIDTH": width(value_dim)}
-    return {"CAUSAL": causal, **sizes, "DOT": _DTYPES[dot], "PRECISION": precision}
+    return {"CAUSAL": causal, **sizes, "PRECISION": products}
 
 
 def _launch(kernel: Any, programs: int, like: Tensor, value_dim: int, causal: bool, *arguments: Any) -> None:
     if programs == 0:
         return
-    dot = "fp32" if interpreting() and like.dtype == torch.bfloat16 else _DOT[like.dtype]
-    constants = _constants(like.shape[-1], value_dim, dot, precision(), causal)
+    constants = _constants(like.shape[-1], value_dim, precision(), causal)
     with torch.cuda.device(like.device if like.device.type == "cuda" else -1):  # -1: no device to switch to
-        kernel[(programs,)](*arguments, **constants, **_tiling(like.shape[-1], value_dim, like.element_size()))
+        kernel[(programs,)](*arguments, **constants, **_tiling(like.shape[-1], value_dim))
 
 
 def _masks(*masks: Tensor | None) -> list[Tensor | None]:
@@ -235,11 +227,11 @@ def forward(
     """(output in v1's dtype, log-sum-exp in float32)."""
     given = [t.contiguous() for t in (q, k1, k2, v1, v2)]
     batch, heads, queries, _ = q.shape
-    out = v1.new_empty(batch, heads, queries, v1.shape[3])
+    out = v1.new_empty(batch, heads, queries, v1.shape[3], dtype=written(v1.dtype))
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     lengths = (heads, queries, k1.shape[2], k2.shape[2], scale)
     _launch(forward_kernel, lse.numel(), given[0], v1.shape[3], causal, *given, *_masks(mask1, mask2), out, lse, *lengths)
-    return out, lse
+    return out.to(v1.dtype), lse
 
 
 def backward(
@@ -257,7 +249,7 @@ def backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k1, k2, v1 and v2 in their dtypes."""
+    """Gradients of q, k1, k2, v1 and v2."""
     q, k1, k2, v1, v2, dout, lse = (t.contiguous() for t in (q, k1, k2, v1, v2, dout, lse))
     one, two = _masks(mask1, mask2)
     batch, heads, queries, _ = q.shape
@@ -265,7 +257,7 @@ def backward(
     if dlse is not None:
         taken = taken - dlse
     taken = taken.contiguous()
-    dq, dk1, dk2, dv1, dv2 = (torch.empty_like(t) for t in (q, k1, k2, v1, v2))
+    dq, dk1, dk2, dv1, dv2 = (torch.empty_like(t, dtype=written(t.dtype)) for t in (q, k1, k2, v1, v2))
     pairs, first, second, values = batch * heads, k1.shape[2], k2.shape[2], v1.shape[3]
     shared = (dout, lse, taken)
     lengths = (heads, queries, first, second, scale)
@@ -280,18 +272,18 @@ def backward(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Both widths of heads in half precision and in float32, causal with masks, which is all that changes the code."""
+    """Both widths of heads, causal with masks, which is all that changes the code."""
     cases = []
     pointers = dict.fromkeys(("lse", "taken"), "*fp32") | {"mask1": "*u8", "mask2": "*u8", "scale": "fp32"}
     pointers |= dict.fromkeys(("heads", "queries", "first", "second"), "i32")
-    for dim, dtype in ((64, "bf16"), (128, "fp16"), (128, "fp32")):
+    for dim, dtype in ((64, "bf16"),):
         for products, targets in (("tf32x3", ("sm_80", "sm_90", "sm_100")), ("ieee", ("gfx942",))):
-            tiling = _tiling(dim, dim, 4 if dtype == "fp32" else 2)
+            tiling = _tiling(dim, dim)
             options: dict[str, Any] = {name: tiling.pop(name) for name in ("num_warps", "num_stages")}
-            constants = {**_constants(dim, dim, dtype, products, True), **tiling}
+            constants = {**_constants(dim, dim, products, True), **tiling}
             for kernel in (forward_kernel, query_gradients_kernel, key_gradients_kernel):
                 signature = {name: pointers.get(name, f"*{dtype}") for name in kernel.arg_names if name not in constants}
                 name = f"{kernel.__name__.removesuffix('_kernel').replace('_', '-')}-d{dim}-{dtype}-{products}"
-                quick = (dim, dtype) == (64, "bf16") and kernel is forward_kernel
-                cases.append(CompileCase(name, kernel, signature, constants, matrix=dtype != "fp32", targets=targets, quick=quick, **options))
+                quick = dim == 64 and kernel is forward_kernel
+                cases.append(CompileCase(name, kernel, signature, constants, targets=targets, quick=quick, **options))
     return cases

@@ -20,14 +20,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* One library for every x86-64: the loader picks the widest form the processor has. */
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
+#include "../native.h"
 
 #define VECTOR_BYTES 64
 #define WIDEST 4 /* vectors in a block of lanes */
@@ -44,10 +37,6 @@ typedef struct {
     void *dq, *dk, *dv, *dinitial_state;
     void *ddecay; /* NULL, or (batch, heads, length, dim), or (batch, heads, blocks, length) to be summed from the end where it is not per channel */
 } Problem;
-
-#define JOIN_(name, type) name##_##type
-#define JOIN(name, type) JOIN_(name, type)
-#define NAME(name) JOIN(name, REAL)
 
 #define REAL float
 #include __FILE__

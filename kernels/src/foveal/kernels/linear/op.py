@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveal.kernels.dispatch import Candidates, choose, why_not_triton
-from foveal.kernels.library import fold_into_batch, operator
+from foveal.kernels.library import differentiate_twice, fold_into_batch, operator
 from foveal.kernels.linear import chunked, cpu
 from foveal.kernels.linear.feature_maps import FeatureMap, feature_maps
 from foveal.kernels.linear.packed import pack, places, unpack
@@ -133,8 +133,12 @@ def linear_attention_step(
     """One token of causal `linear_attention`, for decoding: (output, state after it). Arguments as there, without the length.
 
     Raises:
-        ValueError: the state does not have the shape (batch, heads, dim of phi(k), value_dim, or value_dim + 1 with `normalize`).
+        ValueError: a shape does not fit; that of the state is (batch, heads, dim of phi(k), value_dim, or value_dim + 1 with `normalize`).
     """
+    for name, tensor, shape in (("q", q, "dim"), ("k", k, "dim"), ("v", v, "value_dim")):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 3:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name} must have shape (batch, heads, {shape}), one token; got {got}")
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     q, k, v = _cast(q, k, v)
     q, k, v = _mapped(q, k, v, feature_map, normalize)
@@ -391,18 +395,12 @@ def _remember_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _differentiate_twice(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
     """The gradient of the gradient, through the chunked torch form."""
-    with torch.enable_grad():
-        leaves: list[Any] = [t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
-        dout, dfinal_state, *tensors = leaves
-        out, state = chunked.scan(*tensors, *ctx.options)
-        results, into = ([out], [dout.to(out.dtype)]) if dfinal_state is None else ([out, state], [dout.to(out.dtype), dfinal_state])
-        present = [value for value in tensors if value is not None]
-        first = iter(torch.autograd.grad(results, present, into, create_graph=True, allow_unused=True, materialize_grads=True))
-        gradients = [None if value is None else next(first) for value in tensors]
-        pairs = [(a, b) for a, b in zip(gradients, second, strict=True) if a is not None and b is not None]
-        wanted = [leaf for leaf in leaves if leaf is not None]
-        found = iter(torch.autograd.grad([a for a, _ in pairs], wanted, [b for _, b in pairs], allow_unused=True))
-    return (*(None if leaf is None else next(found) for leaf in leaves), None, None, None)
+    dout, dfinal_state, *inputs = ctx.saved_tensors
+
+    def definition(*tensors: Any) -> tuple[Tensor, Tensor]:
+        return chunked.scan(*tensors, *ctx.options)
+
+    return (*differentiate_twice(definition, (dout, dfinal_state), inputs, second), None, None, None)
 
 
 linear_attention_backward.register_autograd(_differentiate_twice, setup_context=_remember_backward)

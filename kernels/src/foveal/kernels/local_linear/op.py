@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from foveal.kernels.dispatch import Candidates, choose, why_not_triton
-from foveal.kernels.library import fold_into_batch, operator
+from foveal.kernels.library import differentiate_twice, fold_into_batch, operator
 from foveal.kernels.local_linear.reference import local_linear_attention_reference
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 #: Head and value dimensions whose tiles the Triton kernels keep in registers.
-LARGEST_TRITON_DIM = 128
+LARGEST_TRITON_DIM = 64
 
 
 def local_linear_attention(
@@ -198,13 +198,12 @@ def _remember_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _differentiate_twice(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
     """The gradient of the gradient, through the definition: it holds (query, key, dim) and (query, dim, dim) arrays."""
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
-        dout, *tensors = leaves
-        out = local_linear_attention_reference(*tensors, *ctx.options)
-        first = torch.autograd.grad(out, tensors, dout, create_graph=True)
-        pairs = [(a, b) for a, b in zip(first, second, strict=True) if b is not None]
-        found = torch.autograd.grad([a for a, _ in pairs], leaves, [b for _, b in pairs], allow_unused=True)
+    dout, *inputs = ctx.saved_tensors
+
+    def definition(q: Tensor, k: Tensor, v: Tensor, ridge: Tensor) -> tuple[Tensor]:
+        return (local_linear_attention_reference(q, k, v, ridge, *ctx.options),)
+
+    found = differentiate_twice(definition, (dout,), inputs, second)
     return (found[0], None, *found[1:], None, None, None, None, None)
 
 

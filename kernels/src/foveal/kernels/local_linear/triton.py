@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.kernels.gathered import precision, width
+from foveal.kernels.gathered import precision, width, written
 from foveal.kernels.testing.compile import CompileCase
 
 
@@ -277,11 +277,10 @@ def key_gradients_kernel(
     store_rows(dv + pair * keys * VALUES, value_sum, first, keys, VALUES, KEYS, VALUE_WIDTH)
 
 
-def _tiling(dim: int, value_dim: int) -> dict[str, int]:
-    """Tiles by width: four or five (query, dim) tiles stand in registers beside the parts of three TF32 products."""
-    wide = max(width(dim), width(value_dim))
-    small = {"QUERIES": 16, "KEYS": 16 if wide > 64 else 32}
-    return {**(small if wide > 32 else {"QUERIES": 32, "KEYS": 32}), "num_warps": 8 if wide > 64 else 4, "num_stages": 1}
+#: Largest head and value dimension; wider tiles do not stay in registers.
+LARGEST = 64
+#: Queries and keys of a tile: three to five (query, dim) tiles stand in registers beside the parts of three TF32 products.
+_TILING = {"QUERIES": 16, "KEYS": 32, "num_warps": 4, "num_stages": 1}
 
 
 def _constants(dim: int, value_dim: int, precision: str, causal: bool) -> dict[str, Any]:
@@ -289,25 +288,24 @@ def _constants(dim: int, value_dim: int, precision: str, causal: bool) -> dict[s
     return {"CAUSAL": causal, **sizes, "PRECISION": precision}
 
 
-def _launch(kernel: Any, length: int, pairs: int, block: str, dim: int, value_dim: int, causal: bool, device: torch.device, *arguments: Any) -> None:
-    tiling = _tiling(dim, value_dim)
+def _launch(kernel: Any, length: int, block: str, pairs: int, dim: int, value_dim: int, causal: bool, device: torch.device, *arguments: Any) -> None:
     constants = _constants(dim, value_dim, precision(close=True), causal)
-    programs = pairs * triton.cdiv(length, tiling[block])
+    programs = pairs * triton.cdiv(length, _TILING[block])
     with torch.cuda.device(device if device.type == "cuda" else -1):  # -1: no device to switch to
-        kernel[(programs,)](*arguments, **constants, **tiling)
+        kernel[(programs,)](*arguments, **constants, **_TILING)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, ridge: Tensor, causal: bool, scale: float, iterations: int, tolerance: float) -> tuple[Tensor, Tensor]:
     """(output in v's dtype, slopes (batch, heads, query, dim) in float32, which the backward pass needs)."""
     q, k, v, ridge = q.contiguous(), k.contiguous(), v.contiguous(), ridge.float().contiguous()
     batch, heads, queries, dim = q.shape
-    out = v.new_empty(batch, heads, queries, v.shape[3])
+    out = v.new_empty(batch, heads, queries, v.shape[3], dtype=written(v.dtype))
     slopes = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     if slopes.numel() == 0 and out.numel() == 0:
-        return out, slopes
+        return out.to(v.dtype), slopes
     arguments = (q, k, v, ridge, out, slopes, heads, queries, k.shape[2], scale, iterations, tolerance)
-    _launch(forward_kernel, queries, batch * heads, "QUERIES", dim, v.shape[3], causal, q.device, *arguments)
-    return out, slopes
+    _launch(forward_kernel, queries, "QUERIES", batch * heads, dim, v.shape[3], causal, q.device, *arguments)
+    return out.to(v.dtype), slopes
 
 
 def backward(
@@ -322,21 +320,21 @@ def backward(
     iterations: int,
     tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v in their dtypes, and of ridge in float32."""
+    """Gradients of q, k, v and ridge."""
     q, k, v, dout, slopes = (t.contiguous() for t in (q, k, v, dout, slopes))
     strength = ridge.float().contiguous()
     batch, heads, queries, dim = q.shape
     keys, value_dim = v.shape[2:]
-    dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+    dq, dk, dv = (torch.empty_like(t, dtype=written(t.dtype)) for t in (q, k, v))
     if 0 in (batch, heads, queries, keys):
         return dq.zero_(), dk.zero_(), dv.zero_(), torch.zeros_like(strength)
     pairs = batch * heads
     adjoints = torch.empty_like(slopes)
     rows = torch.empty(4, pairs, queries, dtype=torch.float32, device=q.device)
-    arguments = (q, k, v, strength, slopes, dout, dq, adjoints, rows, heads, queries, keys, scale, iterations, tolerance)
-    _launch(adjoint_kernel, queries, pairs, "QUERIES", dim, value_dim, causal, q.device, *arguments)
-    arguments = (q, k, v, slopes, adjoints, rows, dout, dk, dv, queries, keys, scale)
-    _launch(key_gradients_kernel, keys, pairs, "KEYS", dim, value_dim, causal, q.device, *arguments)
+    shared = (pairs, dim, value_dim, causal, q.device)
+    solved = (heads, queries, keys, scale, iterations, tolerance)
+    _launch(adjoint_kernel, queries, "QUERIES", *shared, q, k, v, strength, slopes, dout, dq, adjoints, rows, *solved)
+    _launch(key_gradients_kernel, keys, "KEYS", *shared, q, k, v, slopes, adjoints, rows, dout, dk, dv, queries, keys, scale)
     return dq, dk, dv, -(adjoints * slopes).sum((0, 2, 3))
 
 
@@ -344,18 +342,16 @@ def backward(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every tiling, causal, which adds to the code of the other."""
+    """The widest heads, causal, which adds to the code of the other."""
     cases = []
     types = dict.fromkeys(("ridge", "slopes", "adjoints", "rows"), "*fp32") | dict.fromkeys(("scale", "tolerance"), "fp32")
     types |= dict.fromkeys(("heads", "queries", "keys", "iterations"), "i32")
-    for dim, dtype in ((32, "bf16"), (64, "fp32"), (128, "fp32")):
-        for products, targets in (("tf32x3", ("sm_80", "sm_90", "sm_100")), ("ieee", ("gfx942",))):
-            for kernel in (forward_kernel, adjoint_kernel, key_gradients_kernel):
-                tiling = _tiling(dim, dim)
-                options: dict[str, Any] = {name: tiling.pop(name) for name in ("num_warps", "num_stages")}
-                constants = {**_constants(dim, dim, products, True), **tiling}
-                signature = {name: types.get(name, f"*{dtype}") for name in kernel.arg_names if name not in constants}
-                name = f"{kernel.__name__.removesuffix('_kernel').replace('_', '-')}-d{dim}-{dtype}-{products}"
-                quick = dim == 32 and kernel is forward_kernel
-                cases.append(CompileCase(name, kernel, signature, constants, targets=targets, quick=quick, **options))
+    for products, targets in (("tf32x3", ("sm_80", "sm_90", "sm_100")), ("ieee", ("gfx942",))):
+        for kernel in (forward_kernel, adjoint_kernel, key_gradients_kernel):
+            tiling = dict(_TILING)
+            options: dict[str, Any] = {name: tiling.pop(name) for name in ("num_warps", "num_stages")}
+            constants = {**_constants(LARGEST, LARGEST, products, True), **tiling}
+            signature = {name: types.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
+            name = f"{kernel.__name__.removesuffix('_kernel').replace('_', '-')}-d{LARGEST}-fp32-{products}"
+            cases.append(CompileCase(name, kernel, signature, constants, targets=targets, quick=kernel is forward_kernel, **options))
     return cases

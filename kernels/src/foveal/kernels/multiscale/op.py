@@ -36,6 +36,12 @@ def _candidates(x: Tensor, *others: Tensor | None) -> Candidates:
     return [("cpu", reason), ("torch", None)]
 
 
+def _channels(name: str, x: Tensor) -> int:
+    if not isinstance(x, Tensor) or x.ndim != 3:
+        raise ValueError(f"{name} must be (sequences, length, channels); got {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}")
+    return x.shape[2]
+
+
 # Cached tensors are made outside inference mode: one made inside could not take part in training later on.
 @functools.lru_cache(maxsize=1024)
 @torch.inference_mode(False)
@@ -90,8 +96,8 @@ def depthwise_norm(
     Raises:
         ValueError: shapes that do not fit, an even kernel, or a backend that cannot run the call.
     """
-    channels = x.shape[-1]
-    if x.ndim != 3 or scale.shape != (channels,) or shift.shape != (channels,):
+    channels = _channels("x", x)
+    if scale.shape != (channels,) or shift.shape != (channels,):
         raise ValueError(f"x must be (sequences, length, channels), scale and shift (channels,); got {_shapes(x, scale, shift)}")
     if taps is not None and (taps.ndim != 2 or taps.shape[0] != channels or taps.shape[1] % 2 == 0):
         raise ValueError(f"taps must be ({channels}, kernel) with an odd kernel; got {tuple(taps.shape)}")
@@ -202,8 +208,8 @@ def gated_injection(
     Raises:
         ValueError: shapes that do not fit, an even kernel, or a backend that cannot run the call.
     """
-    channels = local.shape[-1]
-    if local.ndim != 3 or other.ndim != 3 or other.shape[::2] != local.shape[::2]:
+    channels = _channels("local", local)
+    if other.ndim != 3 or other.shape[::2] != local.shape[::2]:
         raise ValueError(f"local and other must be (sequences, length, channels) and differ in length only; got {_shapes(local, other)}")
     if taps.ndim != 3 or taps.shape[:2] != (3, channels) or taps.shape[2] % 2 == 0 or scale.shape != (3, channels) or shift.shape != (3, channels):
         raise ValueError(f"taps must be (3, {channels}, odd kernel), scale and shift (3, {channels}); got {_shapes(taps, scale, shift)}")
@@ -292,6 +298,8 @@ def channel_norm(
     Raises:
         ValueError: shapes that do not fit, or a backend that cannot run the call.
     """
+    if x.ndim == 0:
+        raise ValueError("x must be (..., channels), channels last; got a number")
     channels = x.shape[-1]
     if sum(sizes) != channels or slope.shape != (len(sizes),) or scale.shape != (channels,) or shift.shape != (channels,):
         raise ValueError(

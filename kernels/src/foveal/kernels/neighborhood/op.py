@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foveal.kernels.dispatch import Candidates, choose, why_not_triton
-from foveal.kernels.library import operator
+from foveal.kernels.library import differentiate_twice, operator
 from foveal.kernels.neighborhood.reference import neighborhood_reference
 
 if TYPE_CHECKING:
@@ -312,26 +312,20 @@ neighborhood_forward.register_autograd(_differentiate, setup_context=_remember)
 
 
 def _remember_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    dout, dlse, q, k, v, rpb, _, _, *options, needs_drpb, _ = inputs
+    dout, dlse, q, k, v, rpb, _, _, *options, _, _ = inputs
     ctx.save_for_backward(dout, dlse, q, k, v, rpb)
-    ctx.options = options, needs_drpb
+    ctx.options = options
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_twice(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
     """The gradient of the gradient, through the definition: it holds (query, key) arrays."""
-    options, needs_drpb = ctx.options
-    with torch.enable_grad():
-        leaves: list[Any] = [t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
-        dout, dlse, q, k, v, rpb = leaves
-        out, lse = neighborhood_reference(q, k, v, rpb, *options)
-        sources = [q, k, v, rpb] if needs_drpb else [q, k, v]
-        results, weights = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
-        first = torch.autograd.grad(results, sources, weights, create_graph=True)
-        pairs = [(a, b) for a, b in zip(first, second, strict=False) if b is not None]
-        wanted = [leaf for leaf in leaves if leaf is not None]
-        found = iter(torch.autograd.grad([a for a, _ in pairs], wanted, [b for _, b in pairs], allow_unused=True))
-    return (*(None if leaf is None else next(found) for leaf in leaves), *(None,) * 9)
+    dout, dlse, *inputs = ctx.saved_tensors
+
+    def definition(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> tuple[Tensor, Tensor]:
+        return neighborhood_reference(q, k, v, rpb, *ctx.options)
+
+    return (*differentiate_twice(definition, (dout, dlse), inputs, second), *(None,) * 9)
 
 
 neighborhood_backward.register_autograd(_differentiate_twice, setup_context=_remember_backward)

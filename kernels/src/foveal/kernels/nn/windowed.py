@@ -24,14 +24,15 @@ class HaloAttention(nn.Module):
 
     .. math:: o_i = \sum_j \mathrm{softmax}_j\big(s\, q_i \cdot (k_j + r^h_{y_j - y_i} + r^w_{x_j - x_i})\big)\, v_j
 
-    over the keys j of the (block + 2 halo) x (block + 2 halo) window around i's block that lie on the map. The position terms are extra columns of q
-    beside one-hot rows and columns of k: no bias array of (query, key) is made.
+    over the keys j of the (block + 2 halo) x (block + 2 halo) window around i's block. The position terms are extra columns of q beside one-hot rows
+    and columns of k: no bias array of (query, key) is made.
 
     Args:
         dim: channels of the map.
         heads: number of heads.
         block: side of a block of queries.
         halo: how many cells its window reaches beyond it.
+        beyond: keys outside the map: "zeros" take part with k = v = 0, as in the paper; "masked" do not, so that a border weighs what is there.
         head_dim: width of a head; dim // heads by default.
         bias: whether the projection of q, k and v adds a bias.
 
@@ -40,16 +41,20 @@ class HaloAttention(nn.Module):
 
     References:
         Vaswani et al., Scaling Local Self-Attention for Parameter Efficient Visual Backbones (HaloNet), CVPR 2021
-        (arXiv:2103.12731); relative positions of Shaw et al. as in Ramachandran et al., 2019. The paper lets keys outside the map take part as zeros;
-        here they are masked. The widespread lucidrains/halonet-pytorch masks the cells inside the map instead of those outside.
+        (arXiv:2103.12731); relative positions of Shaw et al. as in Ramachandran et al., 2019. The widespread lucidrains/halonet-pytorch
+        masks the cells inside the map instead of those outside.
     """
 
-    def __init__(self, dim: int, heads: int, *, block: int = 8, halo: int = 3, head_dim: int | None = None, bias: bool = False) -> None:
+    def __init__(
+        self, dim: int, heads: int, *, block: int = 8, halo: int = 3, beyond: str = "zeros", head_dim: int | None = None, bias: bool = False
+    ) -> None:
         super().__init__()
         self.dim, self.heads, self.head_dim = dim, heads, width_of_heads(dim, heads, head_dim)
         if block < 1 or halo < 0:
             raise ValueError(f"block must be positive and halo not negative; got block {block} and halo {halo}")
-        self.block, self.halo, self.side = block, halo, block + 2 * halo
+        if beyond not in ("zeros", "masked"):
+            raise ValueError(f"beyond must be 'zeros' or 'masked'; got {beyond!r}")
+        self.block, self.halo, self.side, self.beyond = block, halo, block + 2 * halo, beyond
         if self.head_dim + 2 * self.side > LARGEST_DIM:
             raise ValueError(f"head_dim + 2 * (block + 2 * halo) must be at most {LARGEST_DIM}; got {self.head_dim + 2 * self.side}")
         inner = heads * self.head_dim
@@ -66,8 +71,9 @@ class HaloAttention(nn.Module):
         q, k, v = self.qkv(x).chunk(3, -1)
         q = self._blocks(F.pad(q, (0, 0, 0, right, 0, down)), self.block)
         k, v = (self._blocks(self._pad(t, down, right), self.side) for t in (k, v))
-        onto_map = self._pad(x.new_ones(1, height, width, 1), down, right)
-        mask = self._blocks(onto_map, self.side)[..., 0].bool().repeat(batch, 1)
+        mask = None
+        if self.beyond == "masked":
+            mask = self._blocks(self._pad(x.new_ones(1, height, width, 1), down, right), self.side)[..., 0].bool().repeat(batch, 1)
         q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
         rows, columns = self.positions(q)
         cells = torch.eye(self.side, dtype=q.dtype, device=q.device)

@@ -142,7 +142,7 @@ def rotary_axial(
     """
     places = grid_positions(positions, device=q.device) if isinstance(positions, tuple) else positions
     axes = places.shape[-1]
-    rotated = q.shape[-1] // (2 * axes) * 2 * axes if rotated_dims is None else rotated_dims
+    rotated = _head_dim(q) // (2 * axes) * 2 * axes if rotated_dims is None else rotated_dims
     frequencies = axial_frequencies(rotated, axes, base, device=q.device)
     return rotate(q, k, places, frequencies, interleaved=interleaved, layout=layout, backend=backend)
 
@@ -173,7 +173,7 @@ def rotary_quaternion(
         layout: see `rotate`.
         backend: see `rotate`.
     """
-    rotated = q.shape[-1] // 4 * 4 if rotated_dims is None else rotated_dims
+    rotated = _head_dim(q) // 4 * 4 if rotated_dims is None else rotated_dims
     frequencies = quaternion_frequencies(rotated, shortest=shortest, longest=longest, device=q.device)
     return rotate(q, k, points, frequencies, interleaved=True, layout=layout, backend=backend)
 
@@ -207,6 +207,12 @@ def quatrope_extension(points: Float[Tensor, "batch length 3"], head_dim: int, *
 # --- arguments -----------------------------------------------------------------------------------------------------------------------
 
 
+def _head_dim(q: Tensor) -> int:
+    if not isinstance(q, Tensor) or q.dim() != 4:
+        raise ValueError(f"q must have shape (batch, heads, length, dim); got {tuple(q.shape) if isinstance(q, Tensor) else type(q).__name__}")
+    return q.shape[3]
+
+
 def _one_axis(
     q: Tensor,
     positions: Tensor | None,
@@ -219,8 +225,7 @@ def _one_axis(
     layout: str,
 ) -> tuple[Tensor, Tensor]:
     """Positions (batch|1, length, 1) and frequencies (1, pairs) of `rotary`."""
-    if q.dim() != 4:
-        raise ValueError(f"q must have shape (batch, heads, length, dim); got {tuple(q.shape)}")
+    _head_dim(q)
     length = q.shape[1 if layout == "bnhd" else 2]
     if frequencies is None:
         rotated = q.shape[-1] if rotated_dims is None else rotated_dims
@@ -307,12 +312,12 @@ def _axial_candidates(q: Tensor, k: Tensor | None, positions: Any, **options: An
     with torch.no_grad():
         places = grid_positions(positions, device=q.device) if isinstance(positions, tuple) else positions
     axes, layout = places.shape[-1], options.get("layout", "bhnd")
-    frequencies = axial_frequencies(options.get("rotated_dims") or q.shape[-1] // (2 * axes) * 2 * axes, axes, device=q.device)
+    frequencies = axial_frequencies(options.get("rotated_dims") or _head_dim(q) // (2 * axes) * 2 * axes, axes, device=q.device)
     return _candidates(*_prepare(q, k, places, frequencies, layout))
 
 
 def _quaternion_candidates(q: Tensor, k: Tensor | None, points: Tensor, **options: Any) -> Candidates:
-    frequencies = quaternion_frequencies(options.get("rotated_dims") or q.shape[-1] // 4 * 4, device=q.device)
+    frequencies = quaternion_frequencies(options.get("rotated_dims") or _head_dim(q) // 4 * 4, device=q.device)
     return _candidates(*_prepare(q, k, points, frequencies, options.get("layout", "bhnd")))
 
 

@@ -8,12 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
-/* One library for every x86-64: the loader picks the widest form the processor has. */
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
+#include "../native.h"
 
 /* Mirrored field by field by `Problem` in cpu.py. Strides count elements of (batch, head, position); channels lie side by side.
  * A table that the batch shares has batch stride 0. */
@@ -23,10 +18,6 @@ typedef struct {
     const void *x, *cos, *sin;
     void *out;
 } Problem;
-
-#define JOIN_(name, type) name##_##type
-#define JOIN(name, type) JOIN_(name, type)
-#define NAME(name) JOIN(name, REAL)
 
 #define REAL float
 #include __FILE__

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveal.kernels.dispatch import Candidates, choose, why_not_triton
-from foveal.kernels.library import operator
+from foveal.kernels.library import differentiate_twice, operator
 from foveal.kernels.scan import cpu
 from foveal.kernels.scan.inputs import Inputs
 from foveal.kernels.scan.reference import selective_scan_reference
@@ -321,20 +321,13 @@ def _remember_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _differentiate_twice(ctx: Any, *second: Tensor | None) -> tuple[Any, ...]:
     """The gradient of the gradient, through the definition: it holds every state. The kept states are functions of the inputs there."""
-    *differentiable, starts = ctx.saved_tensors
-    with torch.enable_grad():
-        leaves: list[Any] = [value if value is None else value.detach().requires_grad_() for value in differentiable]
-        dout, dlast_state, *tensors = leaves
-        out, last_state = _defined(Inputs._make([*tensors, ctx.delta_softplus, ctx.reverse, starts]).wide())
-        results, into = ([out], [dout.to(out.dtype)]) if dlast_state is None else ([out, last_state], [dout.to(out.dtype), dlast_state])
-        present = [value for value in tensors if value is not None]
-        first = iter(torch.autograd.grad(results, present, into, create_graph=True, allow_unused=True, materialize_grads=True))
-        gradients = [None if value is None else next(first) for value in tensors]
-        pairs = [(a, b) for a, b in zip(gradients, second, strict=True) if a is not None and b is not None]
-        wanted = [leaf for leaf in leaves if leaf is not None]
-        found = iter(torch.autograd.grad([a for a, _ in pairs], wanted, [b for _, b in pairs], allow_unused=True))
-    results_of = [None if leaf is None else next(found) for leaf in leaves]
-    return (*results_of[:2], None, *results_of[2:], None, None, None, None)
+    dout, dlast_state, *inputs, starts = ctx.saved_tensors
+
+    def definition(*tensors: Any) -> tuple[Tensor, Tensor]:
+        return _defined(Inputs._make([*tensors, ctx.delta_softplus, ctx.reverse, starts]).wide())
+
+    gradients = differentiate_twice(definition, (dout, dlast_state), inputs, second)
+    return (*gradients[:2], None, *gradients[2:], None, None, None, None)
 
 
 selective_scan_backward.register_autograd(_differentiate_twice, setup_context=_remember_backward)

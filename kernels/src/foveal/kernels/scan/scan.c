@@ -15,24 +15,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../native.h"
+
 /* Sums are split over vector lanes where `omp simd reduction` says so, and nowhere else: the argument reduction of exp must not be regrouped. */
 #if defined(__clang__)
 #pragma clang fp reassociate(off)
 #elif defined(__GNUC__)
 #pragma GCC optimize("no-associative-math")
-#endif
-
-/* One library for every x86-64: the loader picks the widest form the processor has. */
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-
-#if defined(__GNUC__)
-#define INLINE static inline __attribute__((always_inline))
-#else
-#define INLINE static inline
 #endif
 
 #define CHUNK 64
@@ -147,10 +136,6 @@ INLINE double log_one_plus_double(double e) {
 #define LANES 16
 
 static int64_t padded_state(int64_t state) { return (state + LANES - 1) / LANES * LANES; }
-
-#define JOIN_(name, type) name##_##type
-#define JOIN(name, type) JOIN_(name, type)
-#define NAME(name) JOIN(name, REAL)
 
 #define REAL float
 #include __FILE__

@@ -136,6 +136,8 @@ def _incidence(x: Tensor, incidence: CSR | Tensor, num_edges: int | None) -> CSR
     """Hyperedges as targets, nodes as sources."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"node features must be a floating tensor; got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+    if x.dim() < 2:
+        raise ValueError(f"node features must have shape (nodes, channels), or (nodes, heads, dim); got {tuple(x.shape)}")
     if isinstance(incidence, CSR):
         if incidence.num_sources != x.shape[0] or (num_edges is not None and incidence.num_nodes != num_edges):
             counted = f"{incidence.num_sources} nodes and {incidence.num_nodes} hyperedges"

@@ -16,13 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
-#define CLONES_float __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES_float
-#endif
-#define CLONES_double /* float64 is for checking: one version compiles in a third of the time */
-#define INLINE static inline __attribute__((always_inline))
+#include "../native.h"
 
 enum { CHUNK = 32, ROWS = 32, AHEAD = 4 };
 enum { SUM = 0, MAXIMUM = 1, MINIMUM = 2 };
@@ -70,54 +64,52 @@ int64_t segment_order(const int64_t *index, int64_t edges, int64_t size, int64_t
     return -1;
 }
 
-#define JOIN_(a, b) a##b
-#define JOIN(a, b) JOIN_(a, b)
 #define REAL float
-#define F(name) JOIN(name, _float)
+#define CLONED CLONES
 #include "segment.c"
 #undef REAL
-#undef F
+#undef CLONED
 #define REAL double
-#define F(name) JOIN(name, _double)
+#define CLONED /* float64 is for checking: one version compiles in a third of the time */
 #include "segment.c"
 
 #else
 
-INLINE REAL F(dot)(const REAL *a, const REAL *b, int64_t n) {
+INLINE REAL NAME(dot)(const REAL *a, const REAL *b, int64_t n) {
     REAL sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t d = 0; d < n; d++) sum += a[d] * b[d];
     return sum;
 }
 
-INLINE void F(add_scaled)(REAL *y, REAL factor, const REAL *x, int64_t n) {
+INLINE void NAME(add_scaled)(REAL *y, REAL factor, const REAL *x, int64_t n) {
 #pragma omp simd
     for (int64_t d = 0; d < n; d++) y[d] += factor * x[d];
 }
 
-INLINE void F(set_scaled)(REAL *y, REAL factor, const REAL *x, int64_t n) {
+INLINE void NAME(set_scaled)(REAL *y, REAL factor, const REAL *x, int64_t n) {
 #pragma omp simd
     for (int64_t d = 0; d < n; d++) y[d] = factor * x[d];
 }
 
 /* Rows of sources lie anywhere in memory: without asking ahead, two thirds of the time is spent waiting for them. */
-INLINE void F(ask_for)(const REAL *row, int64_t n) {
+INLINE void NAME(ask_for)(const REAL *row, int64_t n) {
     for (int64_t d = 0; d < n; d += 64 / (int64_t)sizeof(REAL)) __builtin_prefetch(row + d);
 }
 
 /* logits (count, heads) of the positions from `first` on of row i; their values are on the way into the cache afterwards. */
-INLINE void F(logits)(const Problem *a, int64_t i, int64_t first, int64_t count, REAL *logit, int64_t dim, int64_t value_dim) {
+INLINE void NAME(logits)(const Problem *a, int64_t i, int64_t first, int64_t count, REAL *logit, int64_t dim, int64_t value_dim) {
     const int64_t heads = a->heads;
     const int64_t last = a->indptr[a->rows];
     const REAL *bias = a->bias, *q = a->q, *k = a->k, *v = a->v, scale = (REAL)a->scale;
     for (int64_t c = 0; c < count; c++) {
         const int64_t edge = a->permutation[first + c], ahead = first + c + AHEAD < last ? first + c + AHEAD : last - 1;
-        if (q) F(ask_for)(k + (a->keys_on_edges ? a->permutation[ahead] : a->column[ahead]) * heads * dim, heads * dim);
-        F(ask_for)(v + (a->values_on_edges ? edge : a->column[first + c]) * heads * value_dim, heads * value_dim);
+        if (q) NAME(ask_for)(k + (a->keys_on_edges ? a->permutation[ahead] : a->column[ahead]) * heads * dim, heads * dim);
+        NAME(ask_for)(v + (a->values_on_edges ? edge : a->column[first + c]) * heads * value_dim, heads * value_dim);
         REAL *restrict row = logit + c * heads;
         if (q) {
             const REAL *query = q + i * heads * dim, *key = k + (a->keys_on_edges ? edge : a->column[first + c]) * heads * dim;
-            for (int64_t h = 0; h < heads; h++) row[h] = scale * F(dot)(query + h * dim, key + h * dim, dim);
+            for (int64_t h = 0; h < heads; h++) row[h] = scale * NAME(dot)(query + h * dim, key + h * dim, dim);
             if (bias) for (int64_t h = 0; h < heads; h++) row[h] += bias[edge * heads + h];
         } else {
             memcpy(row, bias + edge * heads, (size_t)heads * sizeof(REAL));
@@ -125,7 +117,7 @@ INLINE void F(logits)(const Problem *a, int64_t i, int64_t first, int64_t count,
     }
 }
 
-INLINE void F(forward)(const Problem *a, int64_t from, int64_t to, REAL *scratch, int64_t dim, int64_t value_dim) {
+INLINE void NAME(forward)(const Problem *a, int64_t from, int64_t to, REAL *scratch, int64_t dim, int64_t value_dim) {
     const int64_t heads = a->heads;
     const REAL *v = a->v, *envelope = a->envelope, *gate = a->gate;
     REAL *weights = a->weights;
@@ -137,11 +129,11 @@ INLINE void F(forward)(const Problem *a, int64_t from, int64_t to, REAL *scratch
         for (int64_t h = 0; h < heads; h++) peak[h] = -INFINITY, total[h] = 0;
         for (int64_t first = a->indptr[i]; first < end; first += CHUNK) {
             const int64_t count = end - first < CHUNK ? end - first : CHUNK;
-            F(logits)(a, i, first, count, logit, dim, value_dim);
+            NAME(logits)(a, i, first, count, logit, dim, value_dim);
             memcpy(shrink, peak, (size_t)heads * sizeof(REAL));
             for (int64_t c = 0; c < count; c++)
                 for (int64_t h = 0; h < heads; h++) peak[h] = logit[c * heads + h] > peak[h] ? logit[c * heads + h] : peak[h];
-            for (int64_t h = 0; h < heads; h++) shrink[h] = peak[h] == -INFINITY ? 0 : F(exp)(shrink[h] - peak[h]);
+            for (int64_t h = 0; h < heads; h++) shrink[h] = peak[h] == -INFINITY ? 0 : NAME(exp)(shrink[h] - peak[h]);
             if (first > a->indptr[i])
                 for (int64_t h = 0; h < heads; h++) {
                     total[h] *= shrink[h];
@@ -153,12 +145,12 @@ INLINE void F(forward)(const Problem *a, int64_t from, int64_t to, REAL *scratch
                 const int64_t position = first + c, edge = a->permutation[position];
                 REAL *restrict row = logit + c * heads;
                 if (weights) memcpy(weights + edge * heads, row, (size_t)heads * sizeof(REAL));
-                for (int64_t h = 0; h < heads; h++) row[h] = F(exp)(row[h] - shrink[h]);
+                for (int64_t h = 0; h < heads; h++) row[h] = NAME(exp)(row[h] - shrink[h]);
                 if (envelope) for (int64_t h = 0; h < heads; h++) row[h] *= envelope[edge * heads + h];
                 for (int64_t h = 0; h < heads; h++) total[h] += row[h];
                 if (gate) for (int64_t h = 0; h < heads; h++) row[h] *= gate[edge * heads + h];
                 const REAL *value = v + (a->values_on_edges ? edge : a->column[position]) * heads * value_dim;
-                for (int64_t h = 0; h < heads; h++) F(add_scaled)(out + h * value_dim, row[h], value + h * value_dim, value_dim);
+                for (int64_t h = 0; h < heads; h++) NAME(add_scaled)(out + h * value_dim, row[h], value + h * value_dim, value_dim);
             }
         }
         for (int64_t h = 0; h < heads; h++) {
@@ -170,7 +162,7 @@ INLINE void F(forward)(const Problem *a, int64_t from, int64_t to, REAL *scratch
             for (int64_t position = a->indptr[i]; position < end; position++) {
                 const int64_t edge = a->permutation[position];
                 REAL *restrict row = weights + edge * heads;
-                for (int64_t h = 0; h < heads; h++) row[h] = lse[h] == INFINITY ? 0 : F(exp)(row[h] - lse[h]);
+                for (int64_t h = 0; h < heads; h++) row[h] = lse[h] == INFINITY ? 0 : NAME(exp)(row[h] - lse[h]);
                 if (envelope) for (int64_t h = 0; h < heads; h++) row[h] *= envelope[edge * heads + h];
                 if (gate) for (int64_t h = 0; h < heads; h++) row[h] *= gate[edge * heads + h];
             }
@@ -179,7 +171,7 @@ INLINE void F(forward)(const Problem *a, int64_t from, int64_t to, REAL *scratch
 
 /* With a = envelope * exp(logit - lse), A = gate * a the weight, and dA = grad_out . value + grad_weights:
  *   delta = sum A dA,  d logit = a (gate dA - delta),  d envelope = exp(logit - lse) (gate dA - delta),  d gate = a dA. */
-INLINE void F(backward)(const Problem *a, int64_t from, int64_t to, REAL *scratch, int64_t dim, int64_t value_dim) {
+INLINE void NAME(backward)(const Problem *a, int64_t from, int64_t to, REAL *scratch, int64_t dim, int64_t value_dim) {
     const int64_t heads = a->heads;
     const REAL *q = a->q, *k = a->k, *v = a->v, *envelope = a->envelope, *gate = a->gate, scale = (REAL)a->scale;
     const REAL *weights = a->weights, *grad_weights = a->grad_weights;
@@ -192,7 +184,7 @@ INLINE void F(backward)(const Problem *a, int64_t from, int64_t to, REAL *scratc
         const REAL *lse = (const REAL *)a->lse + i * heads;
         REAL *grad_q = a->grad_q ? (REAL *)a->grad_q + i * heads * dim : NULL;
         if (grad_q) memset(grad_q, 0, (size_t)(heads * dim) * sizeof(REAL));
-        for (int64_t h = 0; h < heads; h++) delta[h] = F(dot)(out + h * value_dim, grad_out + h * value_dim, value_dim);
+        for (int64_t h = 0; h < heads; h++) delta[h] = NAME(dot)(out + h * value_dim, grad_out + h * value_dim, value_dim);
         if (grad_weights)
             for (int64_t position = a->indptr[i]; position < end; position++) {
                 const int64_t edge = a->permutation[position];
@@ -200,13 +192,13 @@ INLINE void F(backward)(const Problem *a, int64_t from, int64_t to, REAL *scratc
             }
         for (int64_t first = a->indptr[i]; first < end; first += CHUNK) {
             const int64_t count = end - first < CHUNK ? end - first : CHUNK;
-            F(logits)(a, i, first, count, logit, dim, value_dim);
+            NAME(logits)(a, i, first, count, logit, dim, value_dim);
             for (int64_t c = 0; c < count; c++) {
                 const int64_t position = first + c, edge = a->permutation[position];
                 const REAL *value = v + (a->values_on_edges ? edge : a->column[position]) * heads * value_dim;
                 REAL *restrict share = logit + c * heads;
-                for (int64_t h = 0; h < heads; h++) share[h] = lse[h] == INFINITY ? 0 : F(exp)(share[h] - lse[h]);
-                for (int64_t h = 0; h < heads; h++) slope[h] = F(dot)(grad_out + h * value_dim, value + h * value_dim, value_dim);
+                for (int64_t h = 0; h < heads; h++) share[h] = lse[h] == INFINITY ? 0 : NAME(exp)(share[h] - lse[h]);
+                for (int64_t h = 0; h < heads; h++) slope[h] = NAME(dot)(grad_out + h * value_dim, value + h * value_dim, value_dim);
                 if (grad_weights) for (int64_t h = 0; h < heads; h++) slope[h] += grad_weights[edge * heads + h];
                 for (int64_t h = 0; h < heads; h++) {
                     const int64_t at = edge * heads + h;
@@ -216,13 +208,13 @@ INLINE void F(backward)(const Problem *a, int64_t from, int64_t to, REAL *scratc
                     if (edge_weights) edge_weights[at] = g * u * share[h];
                     slope[h] = u * share[h] * inside;
                     if (grad_logits) grad_logits[at] = slope[h];
-                    if (grad_v && a->values_on_edges) F(set_scaled)(grad_v + at * value_dim, g * u * share[h], grad_out + h * value_dim, value_dim);
+                    if (grad_v && a->values_on_edges) NAME(set_scaled)(grad_v + at * value_dim, g * u * share[h], grad_out + h * value_dim, value_dim);
                 }
                 if (q) {
                     const REAL *key = k + (a->keys_on_edges ? edge : a->column[position]) * heads * dim, *query = q + i * heads * dim;
                     for (int64_t h = 0; h < heads; h++) {
-                        if (grad_q) F(add_scaled)(grad_q + h * dim, scale * slope[h], key + h * dim, dim);
-                        if (grad_k && a->keys_on_edges) F(set_scaled)(grad_k + (edge * heads + h) * dim, scale * slope[h], query + h * dim, dim);
+                        if (grad_q) NAME(add_scaled)(grad_q + h * dim, scale * slope[h], key + h * dim, dim);
+                        if (grad_k && a->keys_on_edges) NAME(set_scaled)(grad_k + (edge * heads + h) * dim, scale * slope[h], query + h * dim, dim);
                     }
                 }
             }
@@ -232,16 +224,16 @@ INLINE void F(backward)(const Problem *a, int64_t from, int64_t to, REAL *scratc
 
 /* Constant dims let the compiler keep a head in registers. */
 #define SPECIALISE(body)                                                                                  \
-    F(CLONES) static void F(body##_rows)(const Problem *a, int64_t from, int64_t to, REAL *scratch) {         \
+    CLONED static void NAME(body##_rows)(const Problem *a, int64_t from, int64_t to, REAL *scratch) {         \
         const int64_t dim = a->q ? a->dim : a->value_dim;                                                  \
-        if (dim == 16 && a->value_dim == 16) F(body)(a, from, to, scratch, 16, 16);                        \
-        else F(body)(a, from, to, scratch, a->dim, a->value_dim);                                          \
+        if (dim == 16 && a->value_dim == 16) NAME(body)(a, from, to, scratch, 16, 16);                        \
+        else NAME(body)(a, from, to, scratch, a->dim, a->value_dim);                                          \
     }
 SPECIALISE(forward)
 SPECIALISE(backward)
 
 #define OVER_ROWS(body)                                                                                   \
-    int F(segment_attention_##body)(const Problem *a, int threads) {                                       \
+    int NAME(segment_attention_##body)(const Problem *a, int threads) {                                       \
         const int64_t blocks = (a->rows + ROWS - 1) / ROWS;                                                \
         int failed = 0;                                                                                    \
         _Pragma("omp parallel num_threads(threads) reduction(| : failed)") {                               \
@@ -249,7 +241,7 @@ SPECIALISE(backward)
             failed |= scratch == NULL;                                                                     \
             _Pragma("omp for schedule(dynamic)") for (int64_t b = 0; b < blocks; b++) {                    \
                 const int64_t from = b * ROWS, to = from + ROWS < a->rows ? from + ROWS : a->rows;         \
-                if (scratch) F(body##_rows)(a, from, to, scratch);                                         \
+                if (scratch) NAME(body##_rows)(a, from, to, scratch);                                         \
             }                                                                                              \
             free(scratch);                                                                                 \
         }                                                                                                  \
@@ -259,46 +251,46 @@ OVER_ROWS(forward)
 OVER_ROWS(backward)
 
 /* out[i] = factor * sum over the row of weight[edge] * x[column], per head. */
-F(CLONES) static void F(weighted_sum_row)(int64_t i, int64_t heads, int64_t dim, REAL factor, const int64_t *indptr, const int64_t *column,
+CLONED static void NAME(weighted_sum_row)(int64_t i, int64_t heads, int64_t dim, REAL factor, const int64_t *indptr, const int64_t *column,
                                        const int64_t *permutation, const REAL *weight, const REAL *x, REAL *out, int64_t last) {
     REAL *restrict sum = out + i * heads * dim;
     memset(sum, 0, (size_t)(heads * dim) * sizeof(REAL));
     for (int64_t position = indptr[i]; position < indptr[i + 1]; position++) {
         const REAL *w = weight + permutation[position] * heads, *row = x + column[position] * heads * dim;
-        if (position + AHEAD < last) F(ask_for)(x + column[position + AHEAD] * heads * dim, heads * dim);
+        if (position + AHEAD < last) NAME(ask_for)(x + column[position + AHEAD] * heads * dim, heads * dim);
         if (dim == 16)
-            for (int64_t h = 0; h < heads; h++) F(add_scaled)(sum + h * 16, w[h], row + h * 16, 16);
+            for (int64_t h = 0; h < heads; h++) NAME(add_scaled)(sum + h * 16, w[h], row + h * 16, 16);
         else
-            for (int64_t h = 0; h < heads; h++) F(add_scaled)(sum + h * dim, w[h], row + h * dim, dim);
+            for (int64_t h = 0; h < heads; h++) NAME(add_scaled)(sum + h * dim, w[h], row + h * dim, dim);
     }
     for (int64_t d = 0; d < heads * dim; d++) sum[d] *= factor;
 }
 
-void F(segment_weighted_sum)(int64_t rows, int64_t heads, int64_t dim, double factor, const int64_t *indptr, const int64_t *column,
+void NAME(segment_weighted_sum)(int64_t rows, int64_t heads, int64_t dim, double factor, const int64_t *indptr, const int64_t *column,
                              const int64_t *permutation, const REAL *weight, const REAL *x, REAL *out, int threads) {
 #pragma omp parallel for schedule(dynamic, ROWS) num_threads(threads)
-    for (int64_t i = 0; i < rows; i++) F(weighted_sum_row)(i, heads, dim, (REAL)factor, indptr, column, permutation, weight, x, out, indptr[rows]);
+    for (int64_t i = 0; i < rows; i++) NAME(weighted_sum_row)(i, heads, dim, (REAL)factor, indptr, column, permutation, weight, x, out, indptr[rows]);
 }
 
 /* out[edge, head] = a[i, head] . b[column, head] for every edge of the row. */
-F(CLONES) static void F(edge_dot_row)(int64_t i, int64_t heads, int64_t dim, const int64_t *indptr, const int64_t *column, const int64_t *permutation,
+CLONED static void NAME(edge_dot_row)(int64_t i, int64_t heads, int64_t dim, const int64_t *indptr, const int64_t *column, const int64_t *permutation,
                                    const REAL *a, const REAL *b, REAL *out) {
     const REAL *left = a + i * heads * dim;
     for (int64_t position = indptr[i]; position < indptr[i + 1]; position++) {
         const REAL *right = b + column[position] * heads * dim;
         REAL *to = out + permutation[position] * heads;
-        for (int64_t h = 0; h < heads; h++) to[h] = F(dot)(left + h * dim, right + h * dim, dim);
+        for (int64_t h = 0; h < heads; h++) to[h] = NAME(dot)(left + h * dim, right + h * dim, dim);
     }
 }
 
-void F(segment_edge_dot)(int64_t rows, int64_t heads, int64_t dim, const int64_t *indptr, const int64_t *column, const int64_t *permutation,
+void NAME(segment_edge_dot)(int64_t rows, int64_t heads, int64_t dim, const int64_t *indptr, const int64_t *column, const int64_t *permutation,
                          const REAL *a, const REAL *b, REAL *out, int threads) {
 #pragma omp parallel for schedule(dynamic, ROWS) num_threads(threads)
-    for (int64_t i = 0; i < rows; i++) F(edge_dot_row)(i, heads, dim, indptr, column, permutation, a, b, out);
+    for (int64_t i = 0; i < rows; i++) NAME(edge_dot_row)(i, heads, dim, indptr, column, permutation, a, b, out);
 }
 
 /* out (rows, width): sum, maximum or minimum of the row's edges; an empty row is 0. */
-F(CLONES) static void F(reduce_row)(int64_t i, int64_t width, int mode, const int64_t *indptr, const int64_t *permutation, const REAL *x, REAL *out) {
+CLONED static void NAME(reduce_row)(int64_t i, int64_t width, int mode, const int64_t *indptr, const int64_t *permutation, const REAL *x, REAL *out) {
     REAL *restrict to = out + i * width;
     if (indptr[i] == indptr[i + 1]) {
         memset(to, 0, (size_t)width * sizeof(REAL));
@@ -314,20 +306,20 @@ F(CLONES) static void F(reduce_row)(int64_t i, int64_t width, int mode, const in
     }
 }
 
-void F(segment_reduce)(int64_t rows, int64_t width, int mode, const int64_t *indptr, const int64_t *permutation, const REAL *x, REAL *out, int threads) {
+void NAME(segment_reduce)(int64_t rows, int64_t width, int mode, const int64_t *indptr, const int64_t *permutation, const REAL *x, REAL *out, int threads) {
 #pragma omp parallel for schedule(dynamic, ROWS) num_threads(threads)
-    for (int64_t i = 0; i < rows; i++) F(reduce_row)(i, width, mode, indptr, permutation, x, out);
+    for (int64_t i = 0; i < rows; i++) NAME(reduce_row)(i, width, mode, indptr, permutation, x, out);
 }
 
 /* out[edge] = x[i] for every edge of the row: the transpose of the sum. */
-void F(segment_gather)(int64_t rows, int64_t width, const int64_t *indptr, const int64_t *permutation, const REAL *x, REAL *out, int threads) {
+void NAME(segment_gather)(int64_t rows, int64_t width, const int64_t *indptr, const int64_t *permutation, const REAL *x, REAL *out, int threads) {
 #pragma omp parallel for schedule(dynamic, ROWS) num_threads(threads)
     for (int64_t i = 0; i < rows; i++)
         for (int64_t position = indptr[i]; position < indptr[i + 1]; position++)
             memcpy(out + (permutation ? permutation[position] : position) * width, x + i * width, (size_t)width * sizeof(REAL));
 }
 
-F(CLONES) static void F(softmax_row)(int64_t i, int64_t width, const int64_t *indptr, const int64_t *permutation, const REAL *x, REAL *out, REAL *scratch) {
+CLONED static void NAME(softmax_row)(int64_t i, int64_t width, const int64_t *indptr, const int64_t *permutation, const REAL *x, REAL *out, REAL *scratch) {
     REAL *restrict peak = scratch, *restrict total = scratch + width;
     for (int64_t f = 0; f < width; f++) peak[f] = -INFINITY, total[f] = 0;
     for (int64_t position = indptr[i]; position < indptr[i + 1]; position++) {
@@ -339,7 +331,7 @@ F(CLONES) static void F(softmax_row)(int64_t i, int64_t width, const int64_t *in
         const int64_t at = (permutation ? permutation[position] : position) * width;
         const REAL *from = x + at;
         REAL *restrict to = out + at;
-        for (int64_t f = 0; f < width; f++) to[f] = F(exp)(from[f] - peak[f]);
+        for (int64_t f = 0; f < width; f++) to[f] = NAME(exp)(from[f] - peak[f]);
         for (int64_t f = 0; f < width; f++) total[f] += to[f];
     }
     for (int64_t f = 0; f < width; f++) total[f] = total[f] == 0 ? 0 : 1 / total[f];
@@ -349,7 +341,7 @@ F(CLONES) static void F(softmax_row)(int64_t i, int64_t width, const int64_t *in
     }
 }
 
-int F(segment_softmax)(int64_t rows, int64_t width, const int64_t *indptr, const int64_t *permutation, const REAL *x, REAL *out, int threads) {
+int NAME(segment_softmax)(int64_t rows, int64_t width, const int64_t *indptr, const int64_t *permutation, const REAL *x, REAL *out, int threads) {
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
@@ -357,7 +349,7 @@ int F(segment_softmax)(int64_t rows, int64_t width, const int64_t *indptr, const
         failed |= scratch == NULL;
 #pragma omp for schedule(dynamic, ROWS)
         for (int64_t i = 0; i < rows; i++)
-            if (scratch) F(softmax_row)(i, width, indptr, permutation, x, out, scratch);
+            if (scratch) NAME(softmax_row)(i, width, indptr, permutation, x, out, scratch);
         free(scratch);
     }
     return failed;

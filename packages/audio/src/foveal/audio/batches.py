@@ -7,8 +7,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -41,46 +43,71 @@ def output_names(files: Sequence[Path]) -> list[str]:
     return names
 
 
+@dataclass(frozen=True)
+class Verb:
+    """What a practitioner's verb does to a sound file.
+
+    Attributes:
+        name: of the verb.
+        folder: where results go if nothing else is said.
+        load: what applies the network, of a checkpoint (None is the package's own), a device and the longest chunk (None is the usual one).
+        endings: what follows a file's stem in the name of each output.
+        demo: gives what ``--demo`` runs.
+    """
+
+    name: str
+    folder: str
+    load: Callable[[Path | None, str, float | None], RecordingProcessor]
+    endings: Callable[[RecordingProcessor], Sequence[str]]
+    demo: Callable[[], Demo]
+
+
 def run_command(
-    verb: str,
+    verb: Verb,
     files: Sequence[Path],
-    output: Path,
-    load: Callable[[], RecordingProcessor],
-    endings: Callable[[RecordingProcessor], Sequence[str]],
-    demo: Demo | None,
-    overwrite: bool,
-    as_json: bool,
+    *,
+    output: Path | None = None,
+    demo: bool = False,
+    checkpoint: Path | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    seed: int = 0,
+    chunk_seconds: float | None = None,
+    as_json: bool = False,
 ) -> int:
-    """What a practitioner's verb does with files or with its demo, in the order in which things can be wrong.
+    """What ``foveal audio separate`` and ``enhance`` do, in the order in which things can be wrong: results, a report at the end, the exit code.
 
     Args:
-        verb: For messages.
+        verb: Which of them.
         files: Sound files and folders of them.
-        output: Folder for the results.
-        load: Loads the network, once it is known that there is something to do and a place for it.
-        endings: What follows a file's stem in the name of each of its outputs.
-        demo: Run instead of files.
+        output: Folder for the results; None is the verb's own, here.
+        demo: Process and score what ships with the package instead of files.
+        checkpoint: Weights; None is the package's own.
+        device: ``auto``, ``cpu`` or ``cuda[:N]``.
         overwrite: Replace existing results instead of keeping them.
+        seed: Of torch; neither verb draws anything at random.
+        chunk_seconds: Longest piece that the network sees at once; None is the usual one.
         as_json: Print the report as JSON.
 
     Returns:
-        The exit code: 0, or 2 if a file failed.
+        0, or 2 if a file could not be processed.
 
     Raises:
-        UserError: Nothing can be done at all.
+        UserError: Nothing can be done at all: no file named, no output folder, no weights, no such device.
     """
-    if (demo is not None) == bool(files):
-        raise UserError(
-            "expected sound files or --demo; got both" if demo is not None else f"expected sound files to {verb}; got none; name some, or try --demo"
-        )
-    folder = output_folder(output)
-    processor = load()
+    torch.manual_seed(seed)
+    if demo and files:
+        raise UserError("expected sound files or --demo; got both")
+    if not demo and not files:
+        raise UserError(f"expected sound files to {verb.name}; got none; name some, or try --demo")
+    folder = output_folder(verb.folder if output is None else output)
+    processor = verb.load(checkpoint, device, chunk_seconds)
     report = BatchReport()
-    if demo is not None:
+    if demo:
         with report.item("demo") as entry:
-            demo(processor, folder, overwrite, entry)
+            verb.demo()(processor, folder, overwrite, entry)
     else:
-        _process_files(processor, files, folder, endings(processor), overwrite, report)
+        _process_files(processor, files, folder, verb.endings(processor), overwrite, report)
     return report.finish(as_json, {"seconds": ".1f", "real-time factor": ".3f", "SI-SDR improvement dB": ".2f", "PESQ improvement": ".2f"})
 
 

@@ -7,7 +7,8 @@ rate) is enhanced: of a 44.1 or 48 kHz recording the result holds what is below.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import overload
 
@@ -17,7 +18,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from foveal.audio.audio_files import Recording
-from foveal.audio.batches import Demo, run_command
+from foveal.audio.batches import Demo, Verb, run_command
 from foveal.audio.models.mambattention import MambAttention
 from foveal.audio.recordings import LEVEL, RecordingProcessor, trained_model
 
@@ -94,51 +95,15 @@ class Enhancer(RecordingProcessor):
         return self.process_file(source, [target], progress)
 
 
-def enhance_command(
-    files: Sequence[Path],
-    *,
-    output: Path | None = None,
-    demo: bool = False,
-    checkpoint: Path | None = None,
-    device: str = "auto",
-    overwrite: bool = False,
-    seed: int = 0,
-    chunk_seconds: float | None = None,
-    as_json: bool = False,
-) -> int:
-    """What ``foveal audio enhance`` does: `<stem>_enhanced.wav` for every file, a report at the end, and the exit code.
-
-    Args:
-        files: Sound files and folders of them.
-        output: Folder for the results; None is ``enhanced`` here.
-        demo: Enhance and score noisy speech that ships with the package instead of files.
-        checkpoint: Weights; None is the package's own.
-        device: ``auto``, ``cpu`` or ``cuda[:N]``.
-        overwrite: Replace existing results instead of keeping them.
-        seed: Of torch; enhancement draws nothing at random.
-        chunk_seconds: As in `Enhancer`.
-        as_json: Print the report as JSON.
-
-    Returns:
-        0, or 2 if a file could not be enhanced.
-
-    Raises:
-        UserError: Nothing can be done at all: no file named, no output folder, no weights, no such device.
-    """
-    torch.manual_seed(seed)
-    return run_command(
-        "enhance",
-        files,
-        Path("enhanced") if output is None else output,
-        lambda: Enhancer.from_pretrained(checkpoint, device, CHUNK_SECONDS if chunk_seconds is None else chunk_seconds),
-        lambda enhancer: ["enhanced"],
-        _demo() if demo else None,
-        overwrite,
-        as_json,
-    )
-
-
 def _demo() -> Demo:
     from foveal.audio.demo.noisy import enhance_demo
 
     return enhance_demo
+
+
+def _load(checkpoint: Path | None, device: str, chunk_seconds: float | None) -> Enhancer:
+    return Enhancer.from_pretrained(checkpoint, device, CHUNK_SECONDS if chunk_seconds is None else chunk_seconds)
+
+
+#: ``foveal audio enhance``: `<stem>_enhanced.wav` for every file; arguments as of `foveal.audio.batches.run_command`.
+enhance_command = functools.partial(run_command, Verb("enhance", "enhanced", _load, lambda enhancer: ["enhanced"], _demo))

@@ -8,6 +8,7 @@ model's rate) is separated: of a 44.1 or 48 kHz recording the estimates hold wha
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import overload
@@ -18,7 +19,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from foveal.audio.audio_files import Recording
-from foveal.audio.batches import Demo, run_command
+from foveal.audio.batches import Demo, Verb, run_command
 from foveal.audio.models.tiger import TIGER
 from foveal.audio.recordings import LEVEL, RecordingProcessor, trained_model
 from foveal.audio.stitching import SpeakerOrder
@@ -100,51 +101,19 @@ class Separator(RecordingProcessor):
         return self.process_file(source, targets, progress)
 
 
-def separate_command(
-    files: Sequence[Path],
-    *,
-    output: Path | None = None,
-    demo: bool = False,
-    checkpoint: Path | None = None,
-    device: str = "auto",
-    overwrite: bool = False,
-    seed: int = 0,
-    chunk_seconds: float | None = None,
-    as_json: bool = False,
-) -> int:
-    """What ``foveal audio separate`` does: `<stem>_speaker1.wav` and so on for every file, a report at the end, and the exit code.
-
-    Args:
-        files: Sound files and folders of them.
-        output: Folder for the results; None is ``separated`` here.
-        demo: Separate and score the mixture that ships with the package instead of files.
-        checkpoint: Weights; None is the package's own.
-        device: ``auto``, ``cpu`` or ``cuda[:N]``.
-        overwrite: Replace existing results instead of keeping them.
-        seed: Of torch; separation draws nothing at random.
-        chunk_seconds: As in `Separator`.
-        as_json: Print the report as JSON.
-
-    Returns:
-        0, or 2 if a file could not be separated.
-
-    Raises:
-        UserError: Nothing can be done at all: no file named, no output folder, no weights, no such device.
-    """
-    torch.manual_seed(seed)
-    return run_command(
-        "separate",
-        files,
-        Path("separated") if output is None else output,
-        lambda: Separator.from_pretrained(checkpoint, device, CHUNK_SECONDS if chunk_seconds is None else chunk_seconds),
-        lambda separator: [f"speaker{number + 1}" for number in range(separator.outputs)],
-        _demo() if demo else None,
-        overwrite,
-        as_json,
-    )
-
-
 def _demo() -> Demo:
     from foveal.audio.demo import separate_demo
 
     return separate_demo
+
+
+def _load(checkpoint: Path | None, device: str, chunk_seconds: float | None) -> Separator:
+    return Separator.from_pretrained(checkpoint, device, CHUNK_SECONDS if chunk_seconds is None else chunk_seconds)
+
+
+def _endings(separator: RecordingProcessor) -> list[str]:
+    return [f"speaker{number + 1}" for number in range(separator.outputs)]
+
+
+#: ``foveal audio separate``: `<stem>_speaker1.wav` and so on for every file; arguments as of `foveal.audio.batches.run_command`.
+separate_command = functools.partial(run_command, Verb("separate", "separated", _load, _endings, _demo))

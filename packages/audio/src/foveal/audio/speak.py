@@ -23,7 +23,8 @@ from torch import Tensor
 from foveal.audio.audio_files import write_sources
 from foveal.audio.batches import output_names
 from foveal.audio.checkpoints import model_from_weights
-from foveal.audio.models.transformer_tts import Spoken, TransformerTTS
+from foveal.audio.models.free_running import Spoken
+from foveal.audio.models.transformer_tts import TransformerTTS
 from foveal.audio.synthesis_metrics import Alignment, best_alignment
 from foveal.audio.text.normalisation import normalise, split_sentences
 from foveal.audio.text.symbols import spell

@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from foveal.detection.checkpoints import load_official, systems, to_official
     from foveal.detection.models.yolov13 import YOLOv13, YOLOv13Config
+    from foveal.detection.predict import Detections, Detector
 
-__all__ = ["YOLOv13", "YOLOv13Config", "load_official", "systems", "to_official"]
+__all__ = ["Detections", "Detector", "YOLOv13", "YOLOv13Config", "load_official", "systems", "to_official"]
 
 _HOME = {
+    "Detections": "predict",
+    "Detector": "predict",
     "YOLOv13": "models.yolov13",
     "YOLOv13Config": "models.yolov13",
     "load_official": "checkpoints",

@@ -10,16 +10,28 @@ from typing import Any
 from torch import Tensor, nn
 
 from foveal.audio.checkpoints import hifigan, mambattention, tiger, transformer_tts, vocos
+from foveal.core.errors import UserError
 from foveal.core.official import Conversion, read_official, state_dict_of
 from foveal.core.systems import PublishedSystems, System
 
+_LAYOUTS = {"espnet": transformer_tts.SPEECH, "soobinseo": transformer_tts.CONCATENATING}
+
 
 class _Systems(PublishedSystems):
-    """Those of this domain; HiFi-GAN's authors publish weights with their normalisation, which ours have folded in."""
+    """Those of this domain; HiFi-GAN's authors publish weights with their normalisation, which ours have folded in.
+
+    Transformer TTS has two layouts: ``layout="soobinseo"`` among the keywords of ``transformer_tts`` asks for the other.
+    """
 
     def load_official(
         self, system: str, source: str | Path | Mapping[str, Tensor], keywords: Mapping[str, Any] | None = None
     ) -> tuple[nn.Module, Conversion]:
+        if system == transformer_tts.SPEECH.system.name and keywords and "layout" in keywords:
+            keywords = dict(keywords)
+            layout = keywords.pop("layout")
+            if layout not in _LAYOUTS:
+                raise UserError(f"expected a layout of {system} ({', '.join(_LAYOUTS)}); got {layout!r}")
+            system = _LAYOUTS[layout].system.name
         if system == hifigan.VOCODER.system.name and not (isinstance(source, (str, Path)) and Path(source).is_dir()):
             if not isinstance(source, Mapping):
                 keywords = {**hifigan.published_config(source), **(keywords or {})}
@@ -32,7 +44,7 @@ class _Systems(PublishedSystems):
         return replace(conversion, state=hifigan.unfold_weight_norm(conversion.state)) if system == hifigan.VOCODER.system.name else conversion
 
 
-_PUBLISHED = _Systems("audio", tiger.SPEECH, tiger.CINEMATIC, mambattention.MAMBATTENTION, transformer_tts.SPEECH, hifigan.VOCODER, vocos.VOCODER)
+_PUBLISHED = _Systems("audio", tiger.SPEECH, tiger.CINEMATIC, mambattention.MAMBATTENTION, *_LAYOUTS.values(), hifigan.VOCODER, vocos.VOCODER)
 
 
 def systems() -> tuple[System, ...]:

@@ -1,4 +1,4 @@
-"""Transformer TTS: where each tensor of ours stands in ESPnet's state dict.
+"""Transformer TTS: where each tensor of ours stands in ESPnet's state dict, and in that of the layout of soobinseo.
 
 Queries, keys and values of a self-attention are one matrix of ours, keys and values of a cross-attention another. ESPnet's encoder has its
 feed-forward layers as convolutions of width one; the values are the same.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 
+from foveal.audio.models.concatenating_tts import ConcatenatingTTS, ConcatenatingTTSConfig
 from foveal.audio.models.transformer_tts import TransformerTTS, TransformerTTSConfig
 from foveal.core.systems import Adapter, System
 
@@ -151,4 +152,86 @@ SPEECH = Adapter(
     model=TransformerTTS,
     keywords=_KEYWORDS,
     ignored=_TRAINING,
+)
+
+
+def _concatenating_table(model: ConcatenatingTTS) -> Table:
+    config, table = model.config, Table()
+    dim, hidden = config.dim, 4 * config.dim
+
+    def linear(ours: str, *theirs: str, shape: tuple[int, ...], bias: bool = True) -> None:
+        table[f"{ours}.weight"] = [(f"{key}.weight", shape) for key in theirs]
+        if bias:
+            table[f"{ours}.bias"] = [(f"{key}.bias", shape[:1]) for key in theirs]
+
+    def norm(ours: str, theirs: str) -> None:
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            table[f"{ours}.{name}"] = [(f"{theirs}.{name}", (dim,))]
+        table[f"{ours}.num_batches_tracked"] = [(f"{theirs}.num_batches_tracked", ())]
+
+    def positions(ours: str, theirs: str) -> None:
+        table[f"{ours}.alpha"] = [(f"{theirs}.alpha", (1,))]
+        table[f"{ours}.table"] = [(f"{theirs}.pos_emb.weight", tuple(model.symbol_positions.table.shape))]
+
+    def attention(ours: str, theirs: str) -> None:
+        linear(f"{ours}.query", f"{theirs}.query.linear_layer", shape=(dim, dim), bias=False)
+        linear(f"{ours}.key_value", f"{theirs}.key.linear_layer", f"{theirs}.value.linear_layer", shape=(dim, dim), bias=False)
+        linear(f"{ours}.project", f"{theirs}.final_linear.linear_layer", shape=(dim, 2 * dim))
+        linear(f"{ours}.norm", f"{theirs}.layer_norm_1", shape=(dim,))
+
+    def feed_forward(ours: str, theirs: str) -> None:
+        linear(f"{ours}.expand", f"{theirs}.w_1.conv", shape=(hidden, dim, 1))
+        linear(f"{ours}.contract", f"{theirs}.w_2.conv", shape=(dim, hidden, 1))
+        linear(f"{ours}.norm", f"{theirs}.layer_norm", shape=(dim,))
+
+    positions("symbol_positions", "encoder")
+    positions("frame_positions", "decoder")
+    prenet = "encoder.encoder_prenet"
+    table["symbol_prenet.embedding.weight"] = [(f"{prenet}.embed.weight", (config.symbols, config.embed_channels))]
+    for index, wide in enumerate((config.embed_channels, dim, dim)):
+        linear(f"symbol_prenet.convolutions.{index}", f"{prenet}.conv{index + 1}.conv", shape=(dim, wide, 5))
+        norm(f"symbol_prenet.norms.{index}", f"{prenet}.batch_norm{index + 1}")
+    linear("symbol_prenet.project", f"{prenet}.projection.linear_layer", shape=(dim, dim))
+    linear("frame_prenet.layers.0", "decoder.decoder_prenet.layer.fc1.linear_layer", shape=(2 * dim, config.mels))
+    linear("frame_prenet.layers.1", "decoder.decoder_prenet.layer.fc2.linear_layer", shape=(dim, 2 * dim))
+    linear("frame_prenet.project", "decoder.norm.linear_layer", shape=(dim, dim))
+    for index in range(config.layers):
+        attention(f"encoder.{index}.attention", f"encoder.layers.{index}")
+        feed_forward(f"encoder.{index}.feed_forward", f"encoder.ffns.{index}")
+        attention(f"decoder.{index}.attention", f"decoder.selfattn_layers.{index}")
+        attention(f"decoder.{index}.cross_attention", f"decoder.dotattn_layers.{index}")
+        feed_forward(f"decoder.{index}.feed_forward", f"decoder.ffns.{index}")
+    linear("mel", "decoder.mel_linear.linear_layer", shape=(config.mels, dim))
+    linear("stop", "decoder.stop_linear.linear_layer", shape=(1, dim))
+    postnet = "decoder.postconvnet"
+    convolutions = ["conv1", "conv_list.0", "conv_list.1", "conv_list.2", "conv2"]
+    for index, (name, (wide, to)) in enumerate(zip(convolutions, itertools.pairwise([config.mels, *[dim] * 4, config.mels]), strict=True)):
+        linear(f"postnet.convolutions.{index}", f"{postnet}.{name}.conv", shape=(to, wide, 5))
+    for index, name in enumerate(("pre_batchnorm", *(f"batch_norm_list.{number}" for number in range(3)))):
+        norm(f"postnet.norms.{index}", f"{postnet}.{name}")
+    return table
+
+
+CONCATENATING = Adapter(
+    system=System(
+        name="transformer_tts_soobinseo",
+        title="symbols to mel spectrogram; the layout of github.com/soobinseo/Transformer-TTS",
+        paper="Li, Liu, Liu, Zhao, Liu: Neural Speech Synthesis with Transformer Network, AAAI 2019",
+        parameters=9_542_307,
+        repository="github.com/soobinseo/Transformer-TTS",
+        licence="MIT",
+    ),
+    config=ConcatenatingTTSConfig,
+    build=lambda config, official: ConcatenatingTTS(config),
+    table=_concatenating_table,
+    model=ConcatenatingTTS,
+    keywords={
+        "symbols": "symbols",
+        "embedding_size": "embed_channels",
+        "hidden_size": "dim",
+        "num_mels": "mels",
+        "heads": "heads",
+        "layers": "layers",
+        "outputs_per_step": "reduction",
+    },
 )

@@ -23,9 +23,7 @@ import soxr
 from numpy import ndarray
 
 from foveal.audio.data.speech import Clip, SpeechClips, block_levels, trim
-from foveal.audio.models.mel import MelConfig
 from foveal.audio.text.normalisation import normalise
-from foveal.audio.text.symbols import Alphabet
 from foveal.core.errors import UserError
 
 _TEXTS = "core-sounds-en.txt"
@@ -165,38 +163,7 @@ def read_prompts(folder: str | Path, sample_rate: int = _RATE) -> list[Clip]:
 
 
 class AsteriskPrompts(SpeechClips):
-    """The prompts as training and held-out clips.
-
-    Args:
-        folder: with both packages, or what they unpack to.
-        mel: as of `SpeechClips`, and so are the others.
-        alphabet: see there.
-        language: see there.
-        batch_frames: see there.
-        joined: see there.
-        held_out: see there.
-        shortest: see there.
-        longest: see there.
-        workers: see there.
-        seed: see there.
-    """
-
-    def __init__(
-        self,
-        folder: str,
-        mel: MelConfig = MelConfig(),  # noqa: B008
-        alphabet: Alphabet = "characters",
-        language: str = "en-us",
-        batch_frames: int = 2000,
-        joined: float = 0.0,
-        held_out: float = 0.05,
-        shortest: float = 0.2,
-        longest: float = 12.0,
-        workers: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(mel, alphabet, language, batch_frames, joined, held_out, shortest, longest, workers, seed)
-        self.folder = folder
+    """The prompts as training and held-out clips; `folder` has both packages, or what they unpack to."""
 
     def clips(self) -> list[Clip]:
         """As `read_prompts` gives them."""

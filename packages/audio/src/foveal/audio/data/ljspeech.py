@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 from foveal.audio.audio_files import SUFFIXES
 from foveal.audio.data.speech import Clip, SpeechClips
 from foveal.audio.models.mel import MelConfig
-from foveal.audio.text.symbols import Alphabet
 from foveal.core.errors import UserError
 
 LJSPEECH_MEL = MelConfig(sample_rate=22_050)
@@ -69,34 +69,21 @@ class SpeakerFolder(SpeechClips):
 
     Args:
         folder: the corpus.
-        mel: as of `SpeechClips`, and so are the others.
-        alphabet: see there.
-        language: see there.
-        batch_frames: see there.
-        joined: see there.
-        held_out: see there.
-        shortest: see there.
-        longest: see there.
-        workers: see there.
-        seed: see there.
+        mel: as of `SpeechClips`.
+        batch_frames: as of `SpeechClips`.
+        held_out: as of `SpeechClips`.
+        **settings: the others of `SpeechClips`.
     """
 
     def __init__(
         self,
         folder: str,
         mel: MelConfig = LJSPEECH_MEL,
-        alphabet: Alphabet = "characters",
-        language: str = "en-us",
         batch_frames: int = 20_000,
-        joined: float = 0.0,
         held_out: float = 0.02,
-        shortest: float = 0.2,
-        longest: float = 12.0,
-        workers: int = 0,
-        seed: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__(mel, alphabet, language, batch_frames, joined, held_out, shortest, longest, workers, seed)
-        self.folder = folder
+        super().__init__(folder, mel, batch_frames=batch_frames, held_out=held_out, **settings)
 
     def clips(self) -> list[Clip]:
         """As `read_metadata` or `read_pairs` give them."""

@@ -230,6 +230,7 @@ class SpeechClips(pl.LightningDataModule):
     """What the corpora of one voice have in common; each gives its `clips()`.
 
     Args:
+        folder: where the corpus is.
         mel: the spectrogram; clips of another sample rate are resampled.
         alphabet: symbols that the model reads.
         language: of espeak-ng, for phonemes.
@@ -244,6 +245,7 @@ class SpeechClips(pl.LightningDataModule):
 
     def __init__(
         self,
+        folder: str,
         mel: MelConfig = MelConfig(),  # noqa: B008
         alphabet: Alphabet = "characters",
         language: str = "en-us",
@@ -256,6 +258,7 @@ class SpeechClips(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.folder = folder
         self.voice = Voice(mel=mel, symbols=symbols_of(alphabet), alphabet=alphabet, language=language)
         self.batch_frames, self.joined, self.held_out, self.shortest, self.longest = batch_frames, joined, held_out, shortest, longest
         self.workers, self.seed = workers, seed

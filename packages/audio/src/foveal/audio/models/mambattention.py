@@ -144,7 +144,7 @@ class MaskDecoder(nn.Module):
         self.largest = config.largest_mask
         if config.residual:
             nn.init.zeros_(self.last.weight)
-            nn.init.constant_(self.last.bias, -math.log(self.largest - 1))  # the sigmoid of which is 1 / largest
+            self.last.bias = nn.Parameter(torch.tensor([-math.log(self.largest - 1)]))  # the sigmoid of which is 1 / largest
 
     def forward(self, x: Float[Tensor, "batch channels frames bands"]) -> Float[Tensor, "batch frames bins"]:
         """The mask."""

@@ -8,7 +8,6 @@ generated with a cache of keys and values, so a step costs the same attention as
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -18,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foveal.audio.models.free_running import FreeRunning, KeyValues, StepCache, position_table, valid_positions
 from foveal.kernels import attention
 
 
@@ -113,36 +113,6 @@ class TeacherForced(NamedTuple):
     attentions: dict[str, list[Tensor]]
 
 
-class Spoken(NamedTuple):
-    """What `TransformerTTS.generate` gives; behind a row's length everything is zero.
-
-    Attributes:
-        mel: (batch, frames, mels) after the postnet.
-        lengths: (batch,) frames of each row.
-        stop_probabilities: (batch, frames).
-        cross_attention: (batch, layers, heads, steps, symbols); a step makes `reduction` frames. None where not asked for.
-        stopped: (batch,) whether the row ended by its stop token rather than at the longest length allowed.
-    """
-
-    mel: Float[Tensor, "batch frames mels"]
-    lengths: Int[Tensor, " batch"]
-    stop_probabilities: Float[Tensor, "batch frames"]
-    cross_attention: Float[Tensor, "batch layers heads steps symbols"] | None
-    stopped: Bool[Tensor, " batch"]
-
-
-def position_table(length: int, dim: int, device: torch.device | None = None) -> Float[Tensor, "length dim"]:
-    """Sines in the even channels, cosines in the odd ones, wavelengths from 2 pi to 20000 pi (Vaswani et al., 2017)."""
-    rates = torch.exp(torch.arange(0, dim, 2, dtype=torch.float32, device=device) * -(math.log(10_000.0) / dim))
-    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * rates
-    return torch.stack([angles.sin(), angles.cos()], -1).reshape(length, dim)
-
-
-def valid_positions(lengths: Int[Tensor, " batch"], longest: int) -> Bool[Tensor, "batch longest"]:
-    """True before each row's length."""
-    return torch.arange(longest, device=lengths.device) < lengths[:, None]
-
-
 class Positions(nn.Module):
     """Adds the table of positions, then drops out."""
 
@@ -160,18 +130,27 @@ class Positions(nn.Module):
         return F.dropout(x, self.dropout, self.training)
 
 
-class KeyValues(NamedTuple):
-    """Keys and values of one attention, (batch, length, heads, channels)."""
-
-    keys: Tensor
-    values: Tensor
-
-
-class Attention(nn.Module):
-    """Multi-head attention whose probabilities can be had for the first few heads.
+def attended(
+    q: Float[Tensor, "batch query head channels"], remembered: KeyValues, mask: Tensor | None, causal: bool, heads: int
+) -> tuple[Float[Tensor, "batch query dim"], Float[Tensor, "batch heads query key"] | None]:
+    """What the heads gather, side by side, and the probabilities of the first `heads` of them.
 
     They are exp(s q k - lse) of the kernel's log-sum-exp, which is differentiable: no other (query, key) array exists.
     """
+    k, v = remembered
+    if not heads:
+        return attention(q, k, v, mask=mask, causal=causal, layout="bnhd").flatten(-2), None
+    out, lse = attention(q, k, v, mask=mask, causal=causal, layout="bnhd", return_lse=True)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q[:, :, :heads], k[:, :, :heads]) * q.shape[-1] ** -0.5
+    allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+    allowed = allowed.tril(scores.shape[-1] - scores.shape[-2]) if causal else allowed
+    allowed = allowed if mask is None else allowed & mask[:, None, None]
+    # shut before exp: a padded key may score far above the others, and infinity times the mask's zero is no gradient
+    return out.flatten(-2), torch.exp((scores - lse[:, :heads, :, None]).masked_fill(~allowed, float("-inf")))
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose probabilities can be had for the first few heads."""
 
     def __init__(self, dim: int, heads: int, crossed: bool) -> None:
         super().__init__()
@@ -195,17 +174,8 @@ class Attention(nn.Module):
         self, q: Tensor, remembered: KeyValues, mask: Tensor | None, causal: bool, heads: int
     ) -> tuple[Float[Tensor, "batch query dim"], Float[Tensor, "batch head query key"] | None]:
         """Output, and the probabilities of the first `heads` heads."""
-        k, v = remembered
-        if not heads:
-            return self.project(attention(q, k, v, mask=mask, causal=causal, layout="bnhd").flatten(-2)), None
-        out, lse = attention(q, k, v, mask=mask, causal=causal, layout="bnhd", return_lse=True)
-        scores = torch.einsum("bqhd,bkhd->bhqk", q[:, :, :heads], k[:, :, :heads]) * q.shape[-1] ** -0.5
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
-        allowed = allowed.tril(scores.shape[-1] - scores.shape[-2]) if causal else allowed
-        allowed = allowed if mask is None else allowed & mask[:, None, None]
-        # shut before exp: a padded key may score far above the others, and infinity times the mask's zero is no gradient
-        probabilities = torch.exp((scores - lse[:, :heads, :, None]).masked_fill(~allowed, float("-inf")))
-        return self.project(out.flatten(-2)), probabilities
+        out, probabilities = attended(q, remembered, mask, causal, heads)
+        return self.project(out), probabilities
 
 
 class FeedForward(nn.Module):
@@ -290,25 +260,6 @@ class DecoderLayer(nn.Module):
         return x if self.first else self.feed_forward_norm(x), probabilities, self_probabilities
 
 
-class StepCache:
-    """Keys and values of the decoder steps so far, in arrays that double when they are full."""
-
-    def __init__(self) -> None:
-        self.length, self.keys, self.values = 0, torch.empty(0), torch.empty(0)
-
-    def extended(self, key: Tensor, value: Tensor) -> KeyValues:
-        """All keys and values, those of the new step last."""
-        if self.length == 0:
-            batch, _, heads, channels = key.shape
-            self.keys, self.values = (key.new_empty(batch, 64, heads, channels) for _ in range(2))
-        elif self.length == self.keys.shape[1]:
-            self.keys, self.values = (torch.cat([array, torch.empty_like(array)], 1) for array in (self.keys, self.values))
-        self.keys[:, self.length : self.length + 1] = key
-        self.values[:, self.length : self.length + 1] = value
-        self.length += 1
-        return KeyValues(self.keys[:, : self.length], self.values[:, : self.length])
-
-
 class SymbolPrenet(nn.Module):
     """Convolutions over the embedded symbols, and a linear layer that centres them around zero again."""
 
@@ -367,7 +318,7 @@ class Postnet(nn.Module):
         return mel + x.mT
 
 
-class TransformerTTS(nn.Module):
+class TransformerTTS(FreeRunning):
     """Encoder-decoder from symbols to mel frames.
 
     Args:
@@ -431,7 +382,7 @@ class TransformerTTS(nn.Module):
         reduction, batch = self.config.reduction, len(tokens)
         if mel.shape[1] < reduction:
             raise ValueError(f"mel must have at least {reduction} frames, one decoder step; got shape {tuple(mel.shape)}")
-        mask = self._mask(tokens, token_lengths)
+        mask = self.mask(tokens, token_lengths)
         memory, encoder_maps = self.encode(tokens, mask, heads if "encoder" in kinds else 0)
         given = mel[:, reduction - 1 :: reduction]
         given = F.pad(given[:, :-1], (0, 0, 1, 0))
@@ -447,72 +398,3 @@ class TransformerTTS(nn.Module):
         before = self.mel(x).reshape(batch, -1, self.config.mels)
         after = before if self.postnet is None else self.postnet(before)
         return TeacherForced(after, before, self.stop(x).reshape(batch, -1), {kind: found for kind, found in maps.items() if found})
-
-    @torch.no_grad()
-    def generate(
-        self,
-        tokens: Int[Tensor, "batch symbols"],
-        token_lengths: Int[Tensor, " batch"] | None = None,
-        *,
-        threshold: float = 0.5,
-        minimum_ratio: float = 0.0,
-        maximum_ratio: float = 10.0,
-        attention: bool = False,
-        cache: bool = True,
-    ) -> Spoken:
-        """Speak: each step's last frame is the next step's input, until the stop probability of a frame reaches `threshold`.
-
-        Args:
-            tokens: as of `forward`.
-            token_lengths: as of `forward`.
-            threshold: of the stop probability; above 1 it never stops early.
-            minimum_ratio: frames a symbol (the end counts as one) before which it does not stop.
-            maximum_ratio: frames a symbol at which it stops anyhow.
-            attention: return the probabilities of the cross-attention.
-            cache: keep keys and values of the steps so far; without, all steps are computed again for each new one, with the same result.
-        """
-        config, batch = self.config, len(tokens)
-        mask = self._mask(tokens, token_lengths)
-        memory, _ = self.encode(tokens, mask)
-        remembered = [layer.cross_attention.remember(memory) for layer in cast("list[DecoderLayer]", self.decoder)]
-        caches = [StepCache() if cache else None for _ in self.decoder]
-        symbols = mask.sum(1)
-        shortest = (symbols * minimum_ratio / config.reduction).long()
-        longest = (symbols * maximum_ratio / config.reduction).long().clamp(min=1)
-        table = position_table(int(longest.max()), config.dim, memory.device)
-        frame, steps = memory.new_zeros(batch, 1, config.mels), symbols.new_zeros(batch)
-        stopped = torch.zeros_like(mask[:, 0])
-        mels, stops, maps, embedded = [], [], [], memory[:, :0]
-        for step in range(int(longest.max())):
-            x = self.frame_positions(self.frame_prenet(frame), table[step : step + 1])
-            embedded = x if cache else torch.cat([embedded, x], 1)
-            x, crossed = embedded, []
-            for layer, keys, kept in zip(self.decoder, remembered, caches, strict=True):
-                x, probabilities, _ = layer(x, keys, mask, heads=config.heads if attention else 0, cache=kept)
-                crossed += [] if probabilities is None else [probabilities[:, :, -1]]
-            last = x[:, -1] if self.decoder_norm is None else self.decoder_norm(x[:, -1])
-            made = self.mel(last).reshape(batch, config.reduction, config.mels)
-            stop = self.stop(last).sigmoid()
-            mels.append(made)
-            stops.append(stop)
-            maps += [torch.stack(crossed, 1)] if attention else []
-            frame = made[:, -1:]
-            running = steps == 0
-            ends = running & (stop >= threshold).any(1) & (step + 1 >= shortest)
-            stopped |= ends
-            steps = torch.where(running & (ends | (step + 1 >= longest)), step + 1, steps)
-            if bool((steps > 0).all()):
-                break
-        lengths = steps * config.reduction
-        inside = valid_positions(lengths, int(lengths.max()))
-        mel, probability = torch.cat(mels, 1), torch.cat(stops, 1).masked_fill(~inside, 0.0)
-        if self.postnet is not None:  # a row's end is the end of its spectrogram: what is behind must not reach it
-            rows = [self.postnet(row[None, :length])[0] for row, length in zip(mel, lengths.tolist(), strict=True)]
-            mel = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        mel = mel.masked_fill(~inside[..., None], 0.0)
-        return Spoken(mel, lengths, probability, torch.stack(maps, 3) if attention else None, stopped)
-
-    def _mask(self, tokens: Tensor, lengths: Tensor | None) -> Bool[Tensor, "batch symbols"]:
-        if lengths is None:
-            return torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
-        return valid_positions(lengths, tokens.shape[1])

@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from foveal.audio.models.transformer_tts import TeacherForced, valid_positions
+from foveal.audio.models.free_running import valid_positions
+from foveal.audio.models.transformer_tts import TeacherForced
 
 
 def guided_attention_mask(

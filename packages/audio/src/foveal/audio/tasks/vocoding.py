@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveal.audio.data.waveforms import Segments, WaveformSegments
+from foveal.audio.metrics import perceptual_scores
 from foveal.audio.models.mel import MelConfig, griffin_lim, mel_spectrogram
 from foveal.audio.models.vocos import Vocos, VocosConfig
 from foveal.audio.plots import plot_synthesis
@@ -206,6 +207,7 @@ class VocodingTask(pl.LightningModule):
             scores[f"{name}_mel_l1"] = F.l1_loss(heard, reference).item()
             scores[f"{name}_mel_cepstral_distance"] = mel_cepstral_distance(heard, reference)
             scores[f"{name}_stft"] = stft_loss(signal[None], real[:, : signal.shape[0]]).item()
+            scores[f"{name}_pesq"] = perceptual_scores(signal, real[0, : signal.shape[0]], self.mel.sample_rate)["pesq"]
         self.report.add(batch.names[0], scores, made, self.mel.sample_rate)
         for name, value in scores.items():
             self.log(f"test/{name}", value, batch_size=1, sync_dist=True)

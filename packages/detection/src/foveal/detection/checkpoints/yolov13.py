@@ -72,7 +72,9 @@ def _table(model: YOLOv13) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
 def sizes_of(official: Mapping[str, Tensor]) -> dict[str, Any]:
     """What a state dict tells of its network: {"scale": ..., "nc": ...}, as far as it has the keys."""
     found: dict[str, Any] = {}
-    stem, classes = official.get("model.0.conv.weight"), official.get("model.32.cv3.0.2.weight")
+    stem, classes = (
+        next((official[start + key] for start in ("model.", "") if start + key in official), None) for key in ("0.conv.weight", "32.cv3.0.2.weight")
+    )
     stems = {scale.channels(64): name for name, scale in SCALES.items()}
     if stem is not None and stem.shape[0] in stems:
         found["scale"] = stems[stem.shape[0]]

@@ -149,7 +149,11 @@ def attend_in_areas(
         # Channels last: a view where the memory is, one copy where it is not.
         return x.permute(0, 2, 3, 1).reshape(batch * areas, height * width // areas, heads, channels // heads)
 
-    mixed = attention(tokens(query), tokens(key), tokens(value), layout="bnhd")
+    if torch.jit.is_tracing():  # exporters know plain operators only
+        rows, columns, contents = (tokens(part).transpose(1, 2) for part in (query, key, value))
+        mixed = (torch.softmax(rows * (channels // heads) ** -0.5 @ columns.transpose(2, 3), -1) @ contents).transpose(1, 2)
+    else:
+        mixed = attention(tokens(query), tokens(key), tokens(value), layout="bnhd")
     return mixed.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
 
 

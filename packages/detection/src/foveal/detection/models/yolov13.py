@@ -166,7 +166,8 @@ class YOLOv13(nn.Module):
         # The level below takes what stands before the tunnel, both on the way down and up.
         down4 = self.top_down4(_join(_double(p5), p4))
         inner4 = self.neck_tunnel4(down4, found)
-        level3 = self.neck_tunnel3(self._stage("neck3", _join(_double(down4), p3)), self.correlations3(finer))
+        # Doubling and a 1 x 1 convolution commute; the authors convolve afterwards, at four times the places.
+        level3 = self.neck_tunnel3(self._stage("neck3", _join(_double(down4), p3)), _double(self.correlations3(found)))
         up4 = self._stage("neck4", _join(self.up4(level3), inner4))
         level4 = self.head_tunnel4(up4, found)
         level5 = self.head_tunnel5(self._stage("neck5", _join(self.up5(up4), p5)), found5)

@@ -1,0 +1,32 @@
+"""What is ultralytics' own and used as it is: reading and augmenting labelled pictures, the losses of YOLO heads, and its model builder.
+
+It is imported here alone, after it has been told to stay off the network, not to install packages by itself, and not to print.
+"""
+
+from __future__ import annotations
+
+import os
+
+for _name, _value in {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false"}.items():
+    os.environ.setdefault(_name, _value)
+
+from ultralytics.cfg import DEFAULT_CFG_DICT  # noqa: E402
+from ultralytics.data.dataset import YOLODataset  # noqa: E402
+from ultralytics.engine import model as engine  # noqa: E402
+from ultralytics.nn import tasks  # noqa: E402
+from ultralytics.nn.modules import Detect as UltralyticsDetect  # noqa: E402
+from ultralytics.utils import IterableSimpleNamespace  # noqa: E402
+from ultralytics.utils.loss import v8DetectionLoss, v8OBBLoss, v8PoseLoss, v8SegmentationLoss  # noqa: E402
+
+__all__ = [
+    "DEFAULT_CFG_DICT",
+    "IterableSimpleNamespace",
+    "UltralyticsDetect",
+    "YOLODataset",
+    "engine",
+    "tasks",
+    "v8DetectionLoss",
+    "v8OBBLoss",
+    "v8PoseLoss",
+    "v8SegmentationLoss",
+]

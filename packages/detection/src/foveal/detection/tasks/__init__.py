@@ -1,0 +1,1 @@
+"""What learns: losses, optimisers, schedules and what is measured, under Lightning."""

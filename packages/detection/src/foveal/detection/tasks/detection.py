@@ -1,0 +1,228 @@
+"""Learning to find objects: the loss of a step, the authors' optimiser and schedule, and COCO's average precision on what was held out.
+
+The recipe of YOLOv8 to YOLOv13: SGD at 0.01 with Nesterov momentum 0.937, weight decay 5e-4 on all but biases and norms, a warm-up of three
+epochs in which the biases' rate falls and the others' rises, then a straight line to a hundredth. Small sets learn better with AdamW.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from foveal.core.checkpoint import load_weights
+from foveal.core.errors import UserError
+from foveal.detection.data.labels import Labels
+from foveal.detection.data.sets import DetectionData
+from foveal.detection.losses import DetectionLoss
+from foveal.detection.metrics import average_precision, coco_ground_truth, coco_predictions
+from foveal.detection.models.yolov13 import YOLOv13, YOLOv13Config
+from foveal.detection.postprocess import Found, suppress
+
+
+class DetectionTask(pl.LightningModule):
+    """Trains and measures a YOLOv13.
+
+    Logged: ``train/<part of the loss>``, ``val/AP``, ``val/AP50``, ``val/AP75`` and so for ``test``, with the AP of every class.
+
+    Args:
+        config: of the network; its classes must be as many as the data's.
+        weights: file to start from. Layers of another shape, such as those of another number of classes, keep their random start.
+        optimizer: "sgd" or "adamw".
+        learning_rate: highest.
+        final_share: last learning rate over the highest.
+        momentum: of SGD, and beta1 of AdamW, after the warm-up, which starts at 0.8 of SGD.
+        weight_decay: of all but biases and norms.
+        warmup_epochs: of the warm-up.
+        warmup_bias_rate: learning rate that biases start with.
+        box: gain of the boxes' loss.
+        cls: gain of the classes' loss.
+        dfl: gain of the distributions' loss.
+        channels_last: memory layout of training; saves the copies before attention.
+
+    Raises:
+        UserError: weights that are not a YOLOv13's of this scale.
+    """
+
+    def __init__(
+        self,
+        config: YOLOv13Config,
+        weights: str | None = None,
+        optimizer: Literal["sgd", "adamw"] = "sgd",
+        learning_rate: float = 0.01,
+        final_share: float = 0.01,
+        momentum: float = 0.937,
+        weight_decay: float = 5e-4,
+        warmup_epochs: float = 3.0,
+        warmup_bias_rate: float = 0.0,
+        box: float = 7.5,
+        cls: float = 0.5,
+        dfl: float = 1.5,
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__()
+        self.network = YOLOv13(config)
+        if weights is not None:
+            self.left_at_random = start_from(self.network, weights)
+        if channels_last:
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.loss = DetectionLoss(config, box, cls, dfl)
+        self.optimizer_name, self.learning_rate, self.final_share = optimizer, learning_rate, final_share
+        self.momentum, self.weight_decay = momentum, weight_decay
+        self.warmup_epochs, self.warmup_bias_rate = warmup_epochs, warmup_bias_rate
+        self._found: list[dict[str, Any]] = []
+
+    # ------------------------------------------------------------------------------------------------------------------------------ training
+
+    def setup(self, stage: str) -> None:
+        """The head must have the data's classes."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, DetectionData):
+            part = "train" if stage == "fit" else "val" if stage == "validate" else "test"
+            names = data.labels(part).names
+            if len(names) != self.network.config.classes:
+                raise UserError(
+                    f"expected model.config.classes {len(names)}, as the data has ({', '.join(names[:5])}); got {self.network.config.classes}"
+                )
+            if data.task != self.network.config.task:
+                raise UserError(f"expected data.task {self.network.config.task}, as the network's; got {data.task}")
+
+    def on_train_start(self) -> None:
+        """A run that goes on in the middle of its last epochs does so without mosaic."""
+        self.on_train_epoch_start()
+
+    def on_train_epoch_start(self) -> None:
+        """The last epochs go without mosaic."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, DetectionData) and self.trainer.max_epochs and self.trainer.max_epochs > 0:
+            data.calm(self.current_epoch, self.trainer.max_epochs)
+
+    def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
+        """The loss of a batch, times its pictures, as the authors'."""
+        self._follow_schedule()
+        loss, parts = self.loss(self.network.raw(_pixels(batch)), batch)
+        for name, value in parts.items():
+            self.log(f"train/{name}", value, prog_bar=True, batch_size=len(batch["im_file"]))
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Three groups: weights, which decay; norms' weights and biases, which do not."""
+        norms = {
+            id(parameter)
+            for module in self.network.modules()
+            if isinstance(module, nn.modules.batchnorm._NormBase)
+            for parameter in module.parameters()
+        }
+        decayed: list[Tensor] = []
+        plain: list[Tensor] = []
+        biases: list[Tensor] = []
+        for name, parameter in self.network.named_parameters():
+            if parameter.requires_grad:
+                (biases if name.endswith("bias") else plain if id(parameter) in norms else decayed).append(parameter)
+        groups: list[dict[str, Any]] = [
+            {"params": decayed, "weight_decay": self.weight_decay, "kind": "weights"},
+            {"params": plain, "weight_decay": 0.0, "kind": "norms"},
+            {"params": biases, "weight_decay": 0.0, "kind": "biases"},
+        ]
+        if self.optimizer_name == "adamw":
+            return torch.optim.AdamW(groups, self.learning_rate, (self.momentum, 0.999))
+        return torch.optim.SGD(groups, self.learning_rate, self.momentum, nesterov=True)
+
+    def _follow_schedule(self) -> None:
+        """Rates and momentum of this step: a function of its number alone, so that a resumed run goes on the same way."""
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        epochs = max(self.trainer.max_epochs or 1, 1)
+        warmup = min(max(round(self.warmup_epochs * total / epochs), 100 if self.warmup_epochs else 0), total // 2)
+        line = self.final_share + (1 - self.final_share) * max(1 - self.global_step / total, 0.0)
+        risen = min(self.global_step / warmup, 1.0) if warmup else 1.0
+        for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
+            start = self.warmup_bias_rate if group["kind"] == "biases" else 0.0
+            group["lr"] = start + (self.learning_rate * line - start) * risen
+            if "momentum" in group:
+                group["momentum"] = 0.8 + (self.momentum - 0.8) * risen
+
+    # ----------------------------------------------------------------------------------------------------------------------------- measuring
+
+    def validation_step(self, batch: dict[str, Any], index: int) -> None:
+        """Collect what is found."""
+        self._collect(batch, self._labels("val"))
+
+    def test_step(self, batch: dict[str, Any], index: int) -> None:
+        """Collect what is found."""
+        self._collect(batch, self._labels("test"))
+
+    def predict_step(self, batch: dict[str, Any], index: int) -> list[Found]:
+        """What is found in each picture, in the pixels that the network saw."""
+        return [suppress(decoded.float()) for decoded in self.network(_pixels(batch)).decoded]
+
+    def on_validation_epoch_start(self) -> None:
+        """Nothing is found yet."""
+        self._found = []
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_epoch_end(self) -> None:
+        """COCO's numbers."""
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        """COCO's numbers."""
+        self._report("test")
+
+    def _labels(self, part: str) -> Labels:
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, DetectionData):
+            raise UserError(f"expected data of class foveal.detection.data.sets.DetectionData; got {type(data).__name__}")
+        return data.labels("val" if self.trainer.state.fn == "validate" else part)
+
+    def _collect(self, batch: dict[str, Any], labels: Labels) -> None:
+        """Boxes of every picture in its own pixels. Oriented boxes, masks and keypoints are measured by their upright boxes."""
+        found = self.network(_pixels(batch))
+        pictures = {str(picture.path): picture for picture in labels.pictures}
+        for row, file in enumerate(batch["im_file"]):
+            picture = pictures[file]
+            objects = suppress(found.decoded[row].float(), score=0.001, overlap=0.7, most=300, several=True)
+            (height, width), factor_padding = batch["ori_shape"][row], batch["ratio_pad"][row]
+            factor, padding = factor_padding[0][0], factor_padding[1]
+            boxes = objects.boxes - objects.boxes.new_tensor([*padding, *padding])
+            boxes = (boxes / factor).clamp_min(0).minimum(boxes.new_tensor([width, height, width, height])).cpu().numpy()
+            categories = [labels.numbers[int(number)] for number in objects.classes]
+            self._found += coco_predictions(picture.number, boxes, objects.scores.cpu().numpy(), categories)
+
+    def _report(self, part: str) -> None:
+        labels = self._labels(part)
+        found = self._found
+        if self.trainer.world_size > 1:
+            shares: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(shares, found)
+            # Lightning fills up the last processes' shares with pictures that others have too.
+            first = {prediction["image_id"]: rank for rank, share in reversed(list(enumerate(shares))) for prediction in share}
+            found = [prediction for rank, share in enumerate(shares) for prediction in share if first[prediction["image_id"]] == rank]
+        whole, classes = average_precision(coco_ground_truth(labels), found)
+        for name in ("AP", "AP50", "AP75"):
+            self.log(f"{part}/{name}", whole[name], prog_bar=name == "AP")
+        for name, value in classes.items():
+            self.log(f"{part}/AP_{name}", value)
+
+
+def _pixels(batch: dict[str, Any]) -> Tensor:
+    """The batch's pictures in 0..1."""
+    image: Tensor = batch["img"]
+    return image.float().div_(255).contiguous(memory_format=torch.channels_last) if image.dtype == torch.uint8 else image
+
+
+def start_from(network: YOLOv13, weights: str) -> list[str]:
+    """Take over every tensor that fits; the keys that did not are given back, and keep their random start.
+
+    Raises:
+        UserError: not weights of a YOLOv13, or of another scale.
+    """
+    saved = load_weights(weights, "yolov13")
+    if saved.config.get("scale", "n") != network.config.scale:
+        raise UserError(f"expected weights of scale {network.config.scale}; {weights} has scale {saved.config.get('scale')}; choose another file")
+    own = network.state_dict()
+    fitting = {key: value.to(own[key].dtype) for key, value in saved.state.items() if key in own and value.shape == own[key].shape}
+    network.load_state_dict({**own, **fitting})
+    return sorted(own.keys() - fitting.keys())

@@ -1,0 +1,57 @@
+"""An exported file answers as torch does, for any number of pictures, and in half precision."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from foveal.apps.main import run
+from foveal.core.errors import UserError
+from foveal.detection import YOLOv13, YOLOv13Config
+from foveal.detection.export import export_onnx
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["single", "half"])
+def test_the_command_writes_a_file_that_takes_one_picture_and_three(
+    weights: Path, tmp_path: Path, half: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    file = tmp_path / "x.onnx"
+    assert run(["detection", "export", str(file), "--checkpoint", str(weights), "--json", *(["--half"] if half else [])]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["differences"]["scores"] < (0.05 if half else 1e-4)
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    entry = session.get_inputs()[0]
+    assert entry.type == ("tensor(float16)" if half else "tensor(float)")
+    for pictures in (1, 3):
+        image = np.random.default_rng(0).random((pictures, 3, 64, 64)).astype(np.float16 if half else np.float32)
+        assert session.run(None, {entry.name: image})[0].shape == (pictures, 7, 84)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["names"]) == ["cat", "dog", "hen"]
+    assert file.stat().st_size < (6e6 if half else 11e6)
+    assert run(["detection", "export", str(file), "--checkpoint", str(weights)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_masks_have_their_prototypes_beside_them(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    export_onnx(YOLOv13(YOLOv13Config("n", 2, task="segment")).eval(), tmp_path / "x.onnx", image_size=64)
+    names = [output.name for output in onnxruntime.InferenceSession(str(tmp_path / "x.onnx")).get_outputs()]
+    assert names == ["decoded", "extra", "prototypes"]
+
+
+@pytest.mark.parametrize(("name", "size"), [("x.pt", 64), ("x.onnx", 100)])
+def test_a_target_or_size_that_cannot_be_is_refused(tmp_path: Path, name: str, size: int) -> None:
+    with pytest.raises(UserError, match="expected"):
+        export_onnx(YOLOv13(YOLOv13Config("n", 2)), tmp_path / name, image_size=size)
+
+
+def test_latency_says_what_was_measured(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["detection", "benchmark", "--checkpoint", str(weights), "--image-size", "64", "--rounds", "2", "--batch", "2", "--threads", "1"]
+    assert run([*command, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["setting"] | {"batch": 2, "image_size": 64, "precision": "float32", "rounds": 2} == shown["setting"]
+    assert {"torch, inference form", "torch, inference form + suppression"} <= set(shown["latency"])
+    assert run([*command, "--precision", "int8"]) == 2
