@@ -190,7 +190,10 @@ def draw_answers(answered: Sequence[tuple[Scene, Answered]]) -> Figure:
     """Scenes from above: the object that the network points at is filled, the one that the boxes say has a thick frame."""
     columns = min(3, len(answered))
     rows = -(-len(answered) // columns)
-    figure = Figure(figsize=(4.6 * columns, 4.4 * rows), layout="constrained")
+    corners = [scene.corners() for scene, _ in answered]
+    # rooms keep their proportions: rows as high as the longest room needs
+    tall = max(float((np.ptp(high[:, 1]) + 1) / (np.ptp(high[:, 0]) + 1)) for _, high in corners)
+    figure = Figure(figsize=(4.6 * columns, (4.0 * min(tall, 1.5) + 0.9) * rows), layout="constrained")
     for axes, (scene, one) in zip(figure.subplots(rows, columns, squeeze=False).flat, answered, strict=False):
         low, high = scene.corners()
         named = {label.lower() for label in one.question.others}
