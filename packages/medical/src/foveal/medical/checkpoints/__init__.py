@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from foveal.core.official import Conversion
 from foveal.core.systems import PublishedSystems, System
-from foveal.medical.checkpoints import guided_attention, mhs_vm, rat
+from foveal.medical.checkpoints import acmil, guided_attention, mhs_vm, rat
 from foveal.medical.models.guided_attention import GuidedAttentionNet
 from foveal.medical.models.mhs_vm import MHSVM
 
@@ -28,7 +28,7 @@ class _MedicalSystems(PublishedSystems):
         return conversion
 
 
-_PUBLISHED = _MedicalSystems("medical", guided_attention.MSA_GUIDED, rat.RAT_SYSTEM, mhs_vm.MHS_VM)
+_PUBLISHED = _MedicalSystems("medical", guided_attention.MSA_GUIDED, rat.RAT_SYSTEM, mhs_vm.MHS_VM, acmil.ACMIL_GA, acmil.ACMIL_MHA)
 
 
 def systems() -> tuple[System, ...]:
