@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from foveal.medical.checkpoints import load_official, systems, to_official
+    from foveal.medical.models.ace_lora import ACELoRA, ACELoRAConfig, AdaptedCLIP, label_guided_loss
+    from foveal.medical.models.acmil import GatedACMIL, GatedACMILConfig, MultiHeadACMIL, MultiHeadACMILConfig, acmil_loss
+    from foveal.medical.models.biomed_clip import BiomedCLIP, BiomedCLIPConfig
     from foveal.medical.models.guided_attention import GuidedAttentionConfig, GuidedAttentionNet
     from foveal.medical.models.mhs_vm import MHSVM, MHSVMConfig
     from foveal.medical.models.rat import RAT, RATConfig
@@ -24,14 +27,25 @@ if TYPE_CHECKING:
 __all__ = [
     "MHSVM",
     "RAT",
+    "ACELoRA",
+    "ACELoRAConfig",
+    "AdaptedCLIP",
+    "BiomedCLIP",
+    "BiomedCLIPConfig",
+    "GatedACMIL",
+    "GatedACMILConfig",
     "GuidedAttentionConfig",
     "GuidedAttentionNet",
     "MHSVMConfig",
+    "MultiHeadACMIL",
+    "MultiHeadACMILConfig",
     "Preparation",
     "RATConfig",
     "Restorer",
     "Segmenter",
     "Volume",
+    "acmil_loss",
+    "label_guided_loss",
     "load_official",
     "read_volume",
     "systems",
@@ -40,16 +54,27 @@ __all__ = [
 ]
 
 _HOME = {
+    "ACELoRA": "models.ace_lora",
+    "ACELoRAConfig": "models.ace_lora",
+    "AdaptedCLIP": "models.ace_lora",
+    "BiomedCLIP": "models.biomed_clip",
+    "BiomedCLIPConfig": "models.biomed_clip",
+    "GatedACMIL": "models.acmil",
+    "GatedACMILConfig": "models.acmil",
     "GuidedAttentionConfig": "models.guided_attention",
     "GuidedAttentionNet": "models.guided_attention",
     "MHSVM": "models.mhs_vm",
     "MHSVMConfig": "models.mhs_vm",
+    "MultiHeadACMIL": "models.acmil",
+    "MultiHeadACMILConfig": "models.acmil",
     "Preparation": "preparation",
     "RAT": "models.rat",
     "RATConfig": "models.rat",
     "Restorer": "restore",
     "Segmenter": "segment",
     "Volume": "volumes",
+    "acmil_loss": "models.acmil",
+    "label_guided_loss": "models.ace_lora",
     "load_official": "checkpoints",
     "read_volume": "volumes",
     "systems": "checkpoints",

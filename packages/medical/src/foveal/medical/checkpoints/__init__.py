@@ -5,19 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
+from foveal.core.files import atomic_write
 from foveal.core.official import Conversion
 from foveal.core.systems import PublishedSystems, System
-from foveal.medical.checkpoints import guided_attention, mhs_vm, rat
+from foveal.medical.checkpoints import ace_lora, acmil, guided_attention, mhs_vm, rat
+from foveal.medical.models.ace_lora import ACELoRA
 from foveal.medical.models.guided_attention import GuidedAttentionNet
 from foveal.medical.models.mhs_vm import MHSVM
 
 
 class _MedicalSystems(PublishedSystems):
-    """Authors load with strict keys: what their networks hold twice or never use is written too."""
+    """Authors load with strict keys: what their networks hold twice or never use is written too. Files of ACE-LoRA nest their tensors."""
+
+    def load_official(
+        self, system: str, source: str | Path | Mapping[str, Tensor], keywords: Mapping[str, Any] | None = None
+    ) -> tuple[nn.Module, Conversion]:
+        return super().load_official(system, ace_lora.read_adapter(source) if system == ace_lora.ACE_LORA.system.name else source, keywords)
+
+    def convert(
+        self, system: str, source: str | Path, target: str | Path, back: bool = False, keywords: Mapping[str, Any] | None = None
+    ) -> Conversion:
+        if not back or system != ace_lora.ACE_LORA.system.name or Path(target).suffix == ".safetensors":
+            return super().convert(system, source, target, back, keywords)
+        model = cast(ACELoRA, self.from_weights(source, system))
+        conversion = self.to_official(system, model)
+        with atomic_write(target) as temporary:
+            torch.save(ace_lora.nested(conversion.state, model.config), temporary)
+        return conversion
 
     def to_official(self, system: str, model: nn.Module) -> Conversion:
         conversion = super().to_official(system, model)
@@ -28,7 +47,9 @@ class _MedicalSystems(PublishedSystems):
         return conversion
 
 
-_PUBLISHED = _MedicalSystems("medical", guided_attention.MSA_GUIDED, rat.RAT_SYSTEM, mhs_vm.MHS_VM)
+_PUBLISHED = _MedicalSystems(
+    "medical", guided_attention.MSA_GUIDED, rat.RAT_SYSTEM, mhs_vm.MHS_VM, acmil.ACMIL_GA, acmil.ACMIL_MHA, ace_lora.ACE_LORA, ace_lora.BIOMED_CLIP
+)
 
 
 def systems() -> tuple[System, ...]:
