@@ -65,7 +65,7 @@ def _walk(node: ast.AST, path: Path, deferred: bool = False, typing_only: bool =
 
 
 def imports(folder: Path) -> list[Import]:
-    return [found for path in sorted(folder.rglob("*.py")) for found in _walk(ast.parse(path.read_text()), path)]
+    return [found for path in sorted(folder.rglob("*.py")) for found in _walk(ast.parse(path.read_text(encoding="utf-8")), path)]
 
 
 def _refused(room: str, allowed: set[str]) -> list[str]:
@@ -164,7 +164,7 @@ def test_the_apps_load_nothing_heavy_before_a_command_runs() -> None:
 @pytest.mark.parametrize("room", ROOMS)
 def test_everything_that_a_distribution_imports_is_declared(room: str) -> None:
     """What loads with a module is a dependency; what a function imports when it is called may be an extra."""
-    project = tomllib.loads((ROOMS[room].parent.parent.parent / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOMS[room].parent.parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needed = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
     extras = {canonicalize_name(Requirement(line).name) for lines in project.get("optional-dependencies", {}).values() for line in lines}
     owners = metadata.packages_distributions()

@@ -59,5 +59,6 @@ def test_masks_are_drawn_by_magnitude_on_one_scale():
 
 
 def test_plotting_opens_no_window_and_leaves_no_global_state():
+    before = sys.modules["matplotlib.pyplot"].get_fignums() if "matplotlib.pyplot" in sys.modules else []
     plot_masks(torch.ones(2, 5, 5, dtype=torch.complex64))
-    assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+    assert "matplotlib.pyplot" not in sys.modules or sys.modules["matplotlib.pyplot"].get_fignums() == before

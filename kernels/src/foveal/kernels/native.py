@@ -62,7 +62,7 @@ def compile_library(source: Path, target: Path) -> Path:
     error = ""
     try:
         for extra in (OPENMP, ()):
-            done = subprocess.run([cc, *FLAGS, *extra, str(source), "-o", name, "-lm"], capture_output=True, text=True)
+            done = subprocess.run([cc, *FLAGS, *extra, str(source), "-o", name, "-lm"], capture_output=True, encoding="utf-8", errors="replace")
             if done.returncode == 0:
                 os.chmod(name, 0o755)
                 os.replace(name, target)

@@ -157,6 +157,18 @@ class FovealCLI(LightningCLI):
         """The config of the chosen verb."""
         return self.config[str(self.subcommand)]
 
+    def instantiate_classes(self) -> None:
+        """What a task or a data module says is wrong with its arguments is said as it is, not inside the parser's account of types."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, UserError):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            raise cause from None
+
     def before_instantiate_classes(self) -> None:
         settings, fitting = self.settings, self.subcommand == "fit"
         experiment = settings.experiment or self._experiment_of_config()

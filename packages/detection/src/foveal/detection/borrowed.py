@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import os
 
+from PIL import Image
+
+_OPEN = Image.open
+
 for _name, _value in {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false"}.items():
     os.environ.setdefault(_name, _value)
 
@@ -17,6 +21,9 @@ from ultralytics.nn import tasks  # noqa: E402
 from ultralytics.nn.modules import Detect as UltralyticsDetect  # noqa: E402
 from ultralytics.utils import IterableSimpleNamespace  # noqa: E402
 from ultralytics.utils.loss import v8DetectionLoss, v8OBBLoss, v8PoseLoss, v8SegmentationLoss  # noqa: E402
+
+# It replaces Pillow's function for every program in the process, with one that fails differently on what is no picture.
+Image.open = _OPEN
 
 __all__ = [
     "DEFAULT_CFG_DICT",

@@ -6,6 +6,7 @@ What the networks that speak so have in common; `foveal.audio.models.transformer
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ def valid_positions(lengths: Int[Tensor, " batch"], longest: int) -> Bool[Tensor
     return torch.arange(longest, device=lengths.device) < lengths[:, None]
 
 
-class FreeRunning(nn.Module):
+class FreeRunning(nn.Module, ABC):
     """A network of an encoder and a decoder that can `generate`.
 
     It has a `config` with mels, dim, heads and reduction; an `encode`; `decoder` layers, each with a `cross_attention` that can `remember`;
@@ -87,9 +88,9 @@ class FreeRunning(nn.Module):
     #: Row of the table of positions that belongs to the first symbol and to the first frame.
     first_position = 0
 
+    @abstractmethod
     def encode(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
         """The encoder's output, first."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def generate(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from foveal.core.checkpoint import load_weights
 from foveal.core.errors import UserError
+from foveal.detection.checkpoints.compact import completed
 from foveal.detection.data.labels import Labels
 from foveal.detection.data.sets import DetectionData
 from foveal.detection.losses import DetectionLoss
@@ -223,6 +224,7 @@ def start_from(network: YOLOv13, weights: str) -> list[str]:
     if saved.config.get("scale", "n") != network.config.scale:
         raise UserError(f"expected weights of scale {network.config.scale}; {weights} has scale {saved.config.get('scale')}; choose another file")
     own = network.state_dict()
-    fitting = {key: value.to(own[key].dtype) for key, value in saved.state.items() if key in own and value.shape == own[key].shape}
+    state = completed(YOLOv13(network.config), saved.state)
+    fitting = {key: value.to(own[key].dtype) for key, value in state.items() if key in own and value.shape == own[key].shape}
     network.load_state_dict({**own, **fitting})
     return sorted(own.keys() - fitting.keys())

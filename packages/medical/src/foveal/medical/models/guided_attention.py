@@ -284,9 +284,11 @@ def _statistics_move_once(module: nn.Module) -> tuple[AbstractContextManager, Ab
         before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
         for norm in norms:
             norm.momentum, norm.num_batches_tracked = 0.0, None
-        yield
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
+        try:
+            yield
+        finally:  # torch leaves by an exception as soon as it has what it needs
+            for norm, (momentum, count) in zip(norms, before, strict=True):
+                norm.momentum, norm.num_batches_tracked = momentum, count
 
     return nullcontext(), still()
 
