@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import fill
 from torch.nn import functional as F
 
 from foveal.core.errors import UserError
@@ -15,6 +16,9 @@ from foveal.medical.checkpoints import ace_lora, convert_file, load_official, mo
 from foveal.medical.models.ace_lora import ACELoRA, ACELoRAConfig, AdaptedCLIP, ContextEnhancement, label_guided_loss
 from foveal.medical.models.biomed_clip import BiomedCLIP, BiomedCLIPConfig, SelfAttention, TextBlock
 from foveal.medical.models.low_rank import LowRank, adapted_linear, merged
+
+# the rule that made the reference weights; test folders are no packages to import from
+fill = runpy.run_path(str(Path(__file__).with_name("conftest.py")))["fill"]
 
 SIDES = {"img": "image", "text": "text"}
 DTYPES = pytest.mark.parametrize(("dtype", "width", "tolerance"), [(torch.float32, "", 1e-5), (torch.float64, "64", 1e-9)])

@@ -121,9 +121,9 @@ def test_a_folder_becomes_a_table_lines_and_a_page_and_a_bad_file_is_named(folde
     assert rows["blank.png"]["note"] == "no text was read"
     assert rows["tea.png"]["reason_by"] == "rules"
     assert sum(float(rows["tea.png"][f"intensity: {name}"]) for name in CLASSES["intensity"]) == pytest.approx(1, abs=1e-3)
-    lines = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {line["decision"] for line in lines} <= {"pass", "review", "flag"}
-    assert "TEA FIRST" in (out / "review.html").read_text() or "TEAFIRST" in (out / "review.html").read_text()
+    assert "TEA FIRST" in (out / "review.html").read_text(encoding="utf-8") or "TEAFIRST" in (out / "review.html").read_text(encoding="utf-8")
     with pytest.raises(UserError, match="already exists"):
         score_command([folder], output=out, checkpoint=weights, cache=cache)
 
