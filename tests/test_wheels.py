@@ -199,7 +199,7 @@ def test_a_wheel_holds_its_whole_room_and_nothing_else(wheels: dict[str, Wheel],
 def test_a_wheel_says_what_it_is_and_under_which_licence(wheels: dict[str, Wheel], name: str) -> None:
     wheel = wheels[name]
     assert any(file.endswith(".dist-info/licenses/LICENSE") for file in wheel.files)
-    assert wheel.metadata["License-Expression"] in ("Apache-2.0", "AGPL-3.0-only")
+    assert wheel.metadata["License-Expression"] in ("Apache-2.0", "AGPL-3.0-or-later")
     assert wheel.metadata["Requires-Python"] == ">=3.11"
     assert wheel.metadata["Summary"]
     assert len(str(wheel.metadata.get_payload())) > 200, "its README is its page in a package index"
