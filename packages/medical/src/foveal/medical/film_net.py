@@ -1,4 +1,4 @@
-"""The classifier of films that a config names: a backbone of torchvision or timm, with MEDUSA's attention at its scales or, as a baseline, without."""
+"""The classifier of films that a config names: a backbone of torchvision or timm, with MEDUSA's attention at its scales or as a baseline without."""
 
 from __future__ import annotations
 

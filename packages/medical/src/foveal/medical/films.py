@@ -75,7 +75,7 @@ def film_from_array(pixels: Any) -> Film:
     values = np.asarray(pixels)
     if values.ndim != 2:
         raise UserError(f"expected a film of shape (rows, columns); got {values.shape}; pass one film at a time, without channels")
-    within = np.issubdtype(values.dtype, np.floating) and values.size and 0 <= values.min() and values.max() <= 1
+    within = np.issubdtype(values.dtype, np.floating) and values.size and values.min() >= 0 and values.max() <= 1
     return Film(values.astype(np.float32) if within else _scaled(values, "the array"))
 
 
@@ -124,14 +124,23 @@ def _read_dicom(path: Path) -> Film:
     if int(header.get("NumberOfFrames", None) or 1) > 1:
         raise UserError(f"expected one film; {path} holds {header.NumberOfFrames} frames; export the one that is meant")
     values = read_dicom(path).voxels[:, :, 0].T
+    inverted = str(header.get("PhotometricInterpretation", "")) == "MONOCHROME1"
+    if inverted:
+        values = _as_stored(values, header)
     windowed = "WindowCenter" in header or "VOILUTSequence" in header
     if windowed:
         values = apply_voi_lut(np.round(values).astype(np.int32) if "VOILUTSequence" in header else values, header)
     elif int(header.get("BitsStored", 16)) == 8 and "RescaleSlope" not in header:
         values = values.astype(np.uint8)
     pixels = _scaled(values, str(path))
-    inverted = str(header.get("PhotometricInterpretation", "")) == "MONOCHROME1"
     return Film(1 - pixels if inverted else pixels, str(path), str(header.get("PatientID", "")))
+
+
+def _as_stored(values: Shaped[ndarray, "rows columns"], header: Any) -> Float[ndarray, "rows columns"]:
+    """GDCM turns a MONOCHROME1 film back over the range of its bits before it rescales; the film's window is of the values before that."""
+    slope, intercept = float(header.get("RescaleSlope", 1)), float(header.get("RescaleIntercept", 0))
+    highest = (1 << (int(header.BitsStored) - int(header.get("PixelRepresentation", 0)))) - 1
+    return slope * highest + 2 * intercept - values.astype(np.float64)
 
 
 def _scaled(values: Shaped[ndarray, "rows columns"], source: str) -> Float[ndarray, "rows columns"]:

@@ -125,8 +125,7 @@ def _classes(root: Path) -> list[FilmCase]:
             files = collect_films([folder])
         except UserError:
             raise UserError(f"expected films of class {folder.name} in {folder}; found none; remove the folder, or fill it") from None
-        for path in files:
-            cases.append(FilmCase(str(path.relative_to(root)), folder.name, _patient_of(path), path))
+        cases += [FilmCase(str(path.relative_to(root)), folder.name, _patient_of(path), path) for path in files]
     return cases
 
 
@@ -271,8 +270,9 @@ class _Finder:
         """
         if self.missing:
             few = ", ".join(self.missing[:3]) + (", ..." if len(self.missing) > 3 else "")
+            count = len(self.missing)
             raise UserError(
-                f"expected the films that {self.table} names in {self.root}; {len(self.missing)} are not there: {few}; unpack them, or take the lines out"
+                f"expected the films that {self.table} names in {self.root}; {count} are not there: {few}; unpack them, or take the lines out"
             )
 
     def _below(self, name: str) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -150,7 +151,7 @@ def _drawn(cases: Sequence[FilmCase], shares: tuple[float, float], seed: int) ->
         patients = [of_class[label][index] for index in generator.permutation(len(of_class[label]))]
         counts = [round(share * len(patients)) or int(share > 0 and len(patients) > 2) for share in shares]
         edges = [0, counts[0], sum(counts), len(patients)]
-        for place, (first, last) in zip(out, zip(edges, edges[1:], strict=False), strict=True):
+        for place, (first, last) in zip(out, pairwise(edges), strict=True):
             place += [film for patient in patients[first:last] for film in of_patient[patient]]
     return out
 
@@ -179,7 +180,7 @@ class FilmFolders(pl.LightningDataModule):
     def __init__(
         self, root: str, layout: FilmLayout = "folders", class_names: list[str] | None = None, names_of_labels: dict[str, str] | None = None,
         columns: dict[str, str] | None = None, table: str | None = None, preparation: FilmPreparation = FilmPreparation(),  # noqa: B008
-        augmentation: FilmAugmentation | None = FilmAugmentation(), balanced: bool = True, batch_size: int = 16, validation: float = 0.1,  # noqa: B008
+        augmentation: FilmAugmentation | None = FilmAugmentation(), balanced: bool = True, batch_size: int = 16, validation: float = 0.1,
         test: float = 0.2, held: bool = False, workers: int = 0, seed: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
