@@ -1,4 +1,4 @@
-"""``foveal medical``: segmentation and restoration of the user's images, training, the authors' checkpoints."""
+"""``foveal medical``: segmentation, restoration and classification of the user's images, training, the authors' checkpoints."""
 
 from __future__ import annotations
 
@@ -76,5 +76,28 @@ def restore(
         restore_command(
             scans, output=output, checkpoint=checkpoint, device=device, regions=regions, truth=truth, value_range=value_range, frame=frame,
             series=series, overwrite=overwrite, seed=seed, as_json=as_json,
+        )
+    )  # fmt: skip
+
+
+@app.command()
+def classify(
+    films: Annotated[list[Path], typer.Argument(help="Chest films: PNG, JPEG, TIFF or DICOM files, or folders of them.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: classified.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A run's folder, a checkpoint in it, or exported weights (.safetensors); none ship.")
+    ] = None,
+    pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Draw what the network attends to at each scale.")] = True,
+    device: _Device = "auto",
+    overwrite: _Overwrite = False,
+    seed: _Seed = 0,
+    as_json: _Json = False,
+) -> None:
+    """Classify films with MEDUSA: probabilities.csv, and a picture of each film with its attention."""
+    from foveal.medical.classify import classify_command
+
+    raise typer.Exit(
+        classify_command(
+            films, output=output, checkpoint=checkpoint, device=device, pictures=pictures, overwrite=overwrite, seed=seed, as_json=as_json,
         )
     )  # fmt: skip

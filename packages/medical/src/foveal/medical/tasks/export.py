@@ -1,7 +1,7 @@
 """Trained networks out of a run's checkpoint: ``python -m foveal.medical.tasks.export RUN/checkpoints/best.ckpt OUT.safetensors --card CARD.md``.
 
 The run's config.yaml, which lies beside the checkpoints folder, says what the network is and how volumes were prepared for it; both go into the
-header, so that ``foveal medical segment`` and ``restore`` need nothing else.
+header, so that ``foveal medical segment``, ``restore`` and ``classify`` need nothing else.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
+from torch import Tensor
 
 from foveal.core.checkpoint import save_weights
 from foveal.core.errors import UserError
 from foveal.core.official import read_official
 from foveal.core.run_folder import run_of
+from foveal.medical.film_net import FilmNet, FilmNetConfig
 from foveal.medical.models.guided_attention import GuidedAttentionConfig, GuidedAttentionNet
 from foveal.medical.models.mhs_vm import MHSVM, MHSVMConfig
 from foveal.medical.models.rat import RAT, RATConfig
@@ -27,17 +29,28 @@ _NETWORKS: dict[str, tuple[str, Any, Any]] = {
     "GuidedAttentionNet": ("msa_guided", GuidedAttentionNet, GuidedAttentionConfig),
     "MHSVM": ("mhs_vm", MHSVM, MHSVMConfig),
     "RAT": ("rat", RAT, RATConfig),
+    "FilmNet": ("medusa", FilmNet, FilmNetConfig),
 }
 
 
-def export(checkpoint: str | Path, target: str | Path, card: str | None = None, dtype: torch.dtype = torch.float16) -> Path:
-    """Write the network of a checkpoint as safetensors.
+class Trained(NamedTuple):
+    """What a run's checkpoint holds of its network.
 
-    Args:
-        checkpoint: ``last.ckpt`` or ``best.ckpt`` in a run's folder.
-        target: file to write.
-        card: Markdown about it.
-        dtype: of the stored weights.
+    Attributes:
+        system: name in the header of weights.
+        config: that builds it.
+        state: its tensors.
+        metadata: what using it needs besides: preparation, classes, steps.
+    """
+
+    system: str
+    config: Any
+    state: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def trained(checkpoint: str | Path) -> Trained:
+    """The network of a checkpoint in a run's folder, every key and shape of it looked at.
 
     Raises:
         UserError: not a checkpoint in a run's folder, or of another network.
@@ -58,10 +71,28 @@ def export(checkpoint: str | Path, target: str | Path, card: str | None = None, 
     about = {"steps": str(saved["global_step"])}
     if system == "rat":
         about["value_range"] = json.dumps(data["value_range"])
+    elif system == "medusa":
+        about |= {"preparation": json.dumps(data.get("preparation") or {}), "classes": "|".join(saved["class_names"])}
     else:
         preparation = Preparation(**(data.get("preparation") or {}))
         about |= {"preparation": json.dumps(preparation.to_dict()), "classes": "|".join(data["class_names"])}
         about["sequences"] = "flair|t1|t1ce|t2" if data.get("layout") == "brats" else "image"
+    return Trained(system, config, state, about)
+
+
+def export(checkpoint: str | Path, target: str | Path, card: str | None = None, dtype: torch.dtype = torch.float16) -> Path:
+    """Write the network of a checkpoint as safetensors.
+
+    Args:
+        checkpoint: ``last.ckpt`` or ``best.ckpt`` in a run's folder.
+        target: file to write.
+        card: Markdown about it.
+        dtype: of the stored weights.
+
+    Raises:
+        UserError: as `trained`.
+    """
+    system, config, state, about = trained(checkpoint)
     return save_weights(target, state, system=system, config=config, card=card, dtype=dtype, metadata=about)
 
 
