@@ -1,7 +1,7 @@
 """Trained networks out of a run's checkpoint: ``python -m foveal.medical.tasks.export RUN/checkpoints/best.ckpt OUT.safetensors --card CARD.md``.
 
 The run's config.yaml, which lies beside the checkpoints folder, says what the network is and how volumes were prepared for it; both go into the
-header, so that ``foveal medical segment`` and ``restore`` need nothing else.
+header, so that ``foveal medical segment``, ``restore`` and ``slide`` need nothing else.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from foveal.core.checkpoint import save_weights
 from foveal.core.errors import UserError
 from foveal.core.official import read_official
 from foveal.core.run_folder import run_of
+from foveal.medical.models.acmil import GatedACMIL, GatedACMILConfig, MultiHeadACMIL, MultiHeadACMILConfig
 from foveal.medical.models.guided_attention import GuidedAttentionConfig, GuidedAttentionNet
 from foveal.medical.models.mhs_vm import MHSVM, MHSVMConfig
 from foveal.medical.models.rat import RAT, RATConfig
@@ -27,6 +28,8 @@ _NETWORKS: dict[str, tuple[str, Any, Any]] = {
     "GuidedAttentionNet": ("msa_guided", GuidedAttentionNet, GuidedAttentionConfig),
     "MHSVM": ("mhs_vm", MHSVM, MHSVMConfig),
     "RAT": ("rat", RAT, RATConfig),
+    "GatedACMIL": ("acmil_ga", GatedACMIL, GatedACMILConfig),
+    "MultiHeadACMIL": ("acmil_mha", MultiHeadACMIL, MultiHeadACMILConfig),
 }
 
 
@@ -58,6 +61,13 @@ def export(checkpoint: str | Path, target: str | Path, card: str | None = None, 
     about = {"steps": str(saved["global_step"])}
     if system == "rat":
         about["value_range"] = json.dumps(data["value_range"])
+    elif system.startswith("acmil"):
+        if not data.get("class_names"):
+            raise UserError(f"expected data.class_names in the config of {run}, to name what the weights tell apart; add them to its config.yaml")
+        about["classes"] = "|".join(data["class_names"])
+        about |= {
+            name: json.dumps([float(f"{value:.7g}") for value in saved["state_dict"][name].tolist()]) for name in ("feature_mean", "feature_scale")
+        }
     else:
         preparation = Preparation(**(data.get("preparation") or {}))
         about |= {"preparation": json.dumps(preparation.to_dict()), "classes": "|".join(data["class_names"])}
