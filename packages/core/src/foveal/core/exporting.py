@@ -36,14 +36,22 @@ class TrainedRun:
     Attributes:
         folder: of the run.
         settings: the config.
-        state: the task's whole state dict.
-        steps: that the optimiser had made.
+        checkpoint: all that Lightning and the task wrote.
     """
 
     folder: Path
     settings: dict[str, Any]
-    state: dict[str, Tensor]
-    steps: int
+    checkpoint: dict[str, Any]
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The task's whole state dict."""
+        return self.checkpoint["state_dict"]
+
+    @property
+    def steps(self) -> int:
+        """That the optimiser had made."""
+        return int(self.checkpoint["global_step"])
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -85,8 +93,7 @@ def read_run(checkpoint: str | Path) -> TrainedRun:
         raise UserError(f"expected a checkpoint in the checkpoints folder of a run, beside its config.yaml; got {checkpoint}")
     if not Path(checkpoint).is_file():
         raise UserError(f"expected a checkpoint of {run.name}; {checkpoint} does not exist; check the path")
-    saved = read_official(checkpoint)
-    return TrainedRun(run, yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")), saved["state_dict"], int(saved["global_step"]))
+    return TrainedRun(run, yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")), read_official(checkpoint))
 
 
 def export_command(

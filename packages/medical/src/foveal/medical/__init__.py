@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from foveal.medical.bag_classifier import BagClassifier, BagPrediction
     from foveal.medical.checkpoints import load_official, systems, to_official
     from foveal.medical.models.ace_lora import ACELoRA, ACELoRAConfig, AdaptedCLIP, label_guided_loss
     from foveal.medical.models.acmil import GatedACMIL, GatedACMILConfig, MultiHeadACMIL, MultiHeadACMILConfig, acmil_loss
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from foveal.medical.preparation import Preparation
     from foveal.medical.restore import Restorer
     from foveal.medical.segment import Segmenter
+    from foveal.medical.slide import extract_features
+    from foveal.medical.slide_encoders import TileEncoder
+    from foveal.medical.slides import open_slide
+    from foveal.medical.tissue import Tiling
     from foveal.medical.volumes import Volume, read_volume, write_volume
 
 __all__ = [
@@ -30,6 +35,8 @@ __all__ = [
     "ACELoRA",
     "ACELoRAConfig",
     "AdaptedCLIP",
+    "BagClassifier",
+    "BagPrediction",
     "BiomedCLIP",
     "BiomedCLIPConfig",
     "GatedACMIL",
@@ -43,10 +50,14 @@ __all__ = [
     "RATConfig",
     "Restorer",
     "Segmenter",
+    "TileEncoder",
+    "Tiling",
     "Volume",
     "acmil_loss",
+    "extract_features",
     "label_guided_loss",
     "load_official",
+    "open_slide",
     "read_volume",
     "systems",
     "to_official",
@@ -57,6 +68,8 @@ _HOME = {
     "ACELoRA": "models.ace_lora",
     "ACELoRAConfig": "models.ace_lora",
     "AdaptedCLIP": "models.ace_lora",
+    "BagClassifier": "bag_classifier",
+    "BagPrediction": "bag_classifier",
     "BiomedCLIP": "models.biomed_clip",
     "BiomedCLIPConfig": "models.biomed_clip",
     "GatedACMIL": "models.acmil",
@@ -72,10 +85,14 @@ _HOME = {
     "RATConfig": "models.rat",
     "Restorer": "restore",
     "Segmenter": "segment",
+    "TileEncoder": "slide_encoders",
+    "Tiling": "tissue",
     "Volume": "volumes",
     "acmil_loss": "models.acmil",
+    "extract_features": "slide",
     "label_guided_loss": "models.ace_lora",
     "load_official": "checkpoints",
+    "open_slide": "slides",
     "read_volume": "volumes",
     "systems": "checkpoints",
     "write_volume": "volumes",
