@@ -20,6 +20,7 @@ from foveal.core.errors import UserError
 from foveal.core.official import read_official
 from foveal.core.run_folder import run_of
 from foveal.medical.film_net import FilmNet, FilmNetConfig
+from foveal.medical.models.ace_lora import ACELoRA, ACELoRAConfig
 from foveal.medical.models.guided_attention import GuidedAttentionConfig, GuidedAttentionNet
 from foveal.medical.models.mhs_vm import MHSVM, MHSVMConfig
 from foveal.medical.models.rat import RAT, RATConfig
@@ -59,6 +60,8 @@ def trained(checkpoint: str | Path) -> Trained:
     if run is None:
         raise UserError(f"expected a checkpoint in the checkpoints folder of a run, beside its config.yaml; got {checkpoint}")
     settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    if settings["model"]["class_path"].rpartition(".")[2] == "AdaptationTask":
+        return _adapter(read_official(checkpoint))
     network, data = settings["model"]["init_args"]["network"], settings["data"]["init_args"]
     name = network["class_path"].rpartition(".")[2]
     if name not in _NETWORKS:
@@ -78,6 +81,14 @@ def trained(checkpoint: str | Path) -> Trained:
         about |= {"preparation": json.dumps(preparation.to_dict()), "classes": "|".join(data["class_names"])}
         about["sequences"] = "flair|t1|t1ce|t2" if data.get("layout") == "brats" else "image"
     return Trained(system, config, state, about)
+
+
+def _adapter(saved: Any) -> Trained:
+    """ACE-LoRA alone: what it adapts is named, not kept."""
+    config = ACELoRAConfig(**saved["adapter"])
+    state = {key.removeprefix("network.adapter."): value for key, value in saved["state_dict"].items()}
+    ACELoRA(config).load_state_dict(state)  # every key and shape is looked at
+    return Trained("ace_lora", config, state, {"steps": str(saved["global_step"]), "base": saved["base"]})
 
 
 def export(checkpoint: str | Path, target: str | Path, card: str | None = None, dtype: torch.dtype = torch.float16) -> Path:
