@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -300,7 +302,7 @@ def test_a_config_trains_its_adapter_alone_exports_it_small_and_asks_with_it(con
     changed.write_text(yaml.safe_dump(written))
     shared = ["--config", str(changed), "--runs", str(runs), "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
     shared += ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
-    cli = FovealCLI("medical", ["fit", *shared, "--trainer.max_steps", "3", "--trainer.max_epochs", "1"])
+    cli = FovealCLI("medical", ["fit", *shared, "--trainer.max_steps", "3", "--trainer.max_epochs", "1", "--trainer.val_check_interval", "1"])
     before = load_base(BaseChoice(str(tiny_folder))).network.state_dict()
     for key, value in cli.model.network.base.state_dict().items():
         torch.testing.assert_close(value, before[key], msg="the model is frozen")
@@ -339,3 +341,43 @@ def test_a_batch_size_of_one_and_a_checkpoint_of_other_sizes_are_refused(tiny_fo
     other = AdaptationTask(BaseChoice(str(tiny_folder)), AdapterChoice(rank=3))
     with pytest.raises(UserError, match=r"expected a checkpoint of the same model and adapter; 4 tensors differ"):
         task.on_load_checkpoint({"state_dict": other.state_dict()})
+
+
+_PROCESSES = """
+import sys, torch, lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy
+from foveal.medical.data.image_texts import PairTable
+from foveal.medical.tasks.adaptation import AdaptationTask, AdapterChoice
+from foveal.medical.vision_language import BaseChoice
+
+class Task(AdaptationTask):
+    def on_after_backward(self):
+        gradient = torch.cat([p.grad.flatten() for p in self.network.adapter.parameters()])
+        if self.trainer.is_global_zero:
+            torch.save(gradient, sys.argv[3])
+
+if __name__ == "__main__":
+    processes = int(sys.argv[4])
+    torch.manual_seed(0)
+    task = Task(BaseChoice(sys.argv[1]), AdapterChoice(dropout=0.0, neighbours=3))
+    for lora in (task.network.adapter.text_lora, task.network.adapter.image_lora):
+        torch.nn.init.normal_(lora.up, std=0.1)
+    data = PairTable(sys.argv[2], batch_size=8 // processes)
+    strategy = DDPStrategy(process_group_backend="gloo") if processes > 1 else "auto"
+    trainer = pl.Trainer(accelerator="cpu", devices=processes, strategy=strategy, max_steps=1, limit_val_batches=0, logger=False,
+                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=sys.argv[2])
+    trainer.fit(task, data)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_hold_all_their_pairs_against_each_other_and_get_the_gradients_of_one(tiny_folder, write_pairs, tmp_path):
+    script, folder = tmp_path / "script.py", write_pairs(24).parent
+    script.write_text(_PROCESSES)
+    for processes in (1, 2):
+        command = [sys.executable, str(script), str(tiny_folder), str(folder), str(tmp_path / f"{processes}.pt"), str(processes)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (torch.load(tmp_path / f"{processes}.pt") for processes in (1, 2))
+    assert float(one.norm()) > 0
+    torch.testing.assert_close(two, one, atol=1e-6, rtol=1e-4)

@@ -21,7 +21,7 @@ from foveal.core.errors import UserError
 from foveal.core.files import atomic_write, output_folder
 from foveal.core.reports import BatchReport
 from foveal.medical.checkpoints import load_official, model_from_weights
-from foveal.medical.data.image_texts import find_pairs
+from foveal.medical.data.image_texts import PairCase, find_pairs
 from foveal.medical.films import Film, collect_films, film_from_array, read_film
 from foveal.medical.models.ace_lora import ACELoRA, ACELoRAConfig, AdaptedCLIP
 from foveal.medical.retrieval_metrics import ranks, recalls, same_text
@@ -30,7 +30,7 @@ from foveal.medical.vision_language import Base, BaseChoice, load_base
 #: What the released evaluation says of a class.
 TEMPLATES = ("a chest X-ray image of {}.", "Findings suggesting {}.")
 
-TABLE = "zero_shot.csv"
+TABLE, RETRIEVAL = "zero_shot.csv", "retrieval.csv"
 
 
 class ZeroShot:
@@ -181,27 +181,36 @@ def zero_shot_command(
     if pairs is not None and images:
         raise UserError("expected no images beside --pairs: its table names them")
     said = None if prompts is None else read_prompts(prompts)
-    places = [] if said is None else collect_films(images) if images else _refuse_none()
-    folder = output_folder(output or Path("zero_shot"), overwrite=True)
-    asked = ZeroShot.from_pretrained(BaseChoice(base, tokenizer), adapter, device)
-    note = "the base model is random: its answers mean nothing" if base.startswith("random:") else ""
-    if said is None:
-        assert pairs is not None  # one of the two is there
-        return _retrieval(asked, pairs, folder, overwrite, note, as_json)
-    return _classification(asked, places, said, folder, overwrite, note, as_json)
-
-
-def _refuse_none() -> list[Path]:
-    raise UserError("expected images to classify: files or folders before --prompts")
-
-
-def _classification(
-    asked: ZeroShot, places: Sequence[Path], prompts: Mapping[str, Sequence[str]], folder: Path, overwrite: bool, note: str, as_json: bool
-) -> int:
-    report, target = BatchReport(), folder / TABLE
-    if target.exists() and not overwrite:
+    if said is not None and not images:
+        raise UserError("expected images to classify: files or folders before --prompts")
+    places, cases = (collect_films(images), []) if said is not None else ([], _pairs_of(pairs))
+    folder, report = output_folder(output or Path("zero_shot"), overwrite=True), BatchReport()
+    target = folder / (TABLE if said is not None else RETRIEVAL)
+    if target.exists() and not overwrite:  # the model, which may be large, is not even read
         report.kept(target, [str(target)])
         return report.finish(as_json)
+    asked = ZeroShot.from_pretrained(BaseChoice(base, tokenizer), adapter, device)
+    note = "the base model is random: its answers mean nothing" if base.startswith("random:") else ""
+    if said is not None:
+        _classify(asked, places, said, target, report, note)
+        return report.finish(as_json, {"seconds": ".1f"} | dict.fromkeys(said, ".3f"))
+    with report.item(str(pairs)) as entry:
+        found = _retrieve(asked, cases, target)
+        entry.numbers |= {name.replace("_", " ").replace("recall at ", "R@"): value for name, value in found.items()}
+        entry.message = "; ".join(part for part in (f"{len(cases)} pairs", note) if part)
+        entry.outputs += [str(target), str(target.with_suffix(".json"))]
+    return report.finish(as_json)
+
+
+def _pairs_of(table: Path | None) -> list[PairCase]:
+    assert table is not None  # the command has looked
+    cases, _ = find_pairs(table)
+    if len(cases) < 2:
+        raise UserError(f"expected at least two pairs in {table}; it has {len(cases)}")
+    return cases
+
+
+def _classify(asked: ZeroShot, places: Sequence[Path], prompts: Mapping[str, Sequence[str]], target: Path, report: BatchReport, note: str) -> None:
     classes, names, rows = asked.class_vectors(prompts), list(prompts), []
     for place in places:
         with report.item(place) as entry:
@@ -215,36 +224,25 @@ def _classification(
     if rows:
         with atomic_write(target) as temporary:
             pd.DataFrame(rows).to_csv(temporary, index=False, float_format="%.6f")
-    return report.finish(as_json, {"seconds": ".1f"} | dict.fromkeys(names, ".3f"))
 
 
-def _retrieval(asked: ZeroShot, table: Path, folder: Path, overwrite: bool, note: str, as_json: bool) -> int:
-    report = BatchReport()
-    target, scores = folder / "retrieval.csv", folder / "retrieval.json"
-    if target.exists() and not overwrite:
-        report.kept(table, [str(target), str(scores)])
-        return report.finish(as_json)
-    with report.item(table) as entry:
-        cases, _ = find_pairs(table)
-        if len(cases) < 2:
-            raise UserError(f"expected at least two pairs in {table}; it has {len(cases)}")
-        texts = [case.text for case in cases]
-        image, text = asked.image_vectors([case.read() for case in cases]), asked.text_vectors(texts)
-        found = recalls(image, text, texts)
-        similarity, fitting = image @ text.mT, same_text(texts)
-        nearest, place = similarity.argmax(1).tolist(), ranks(similarity, fitting).tolist()
-        nearest_image, place_of_text = similarity.argmax(0).tolist(), ranks(similarity.mT, fitting).tolist()
-        rows = [
-            {"image": case.name, "text": case.text, "rank of its text": place[index], "nearest text": texts[nearest[index]],
-             "rank of its image": place_of_text[index], "nearest image": cases[nearest_image[index]].name}
-            for index, case in enumerate(cases)
-        ]  # fmt: skip
-        with atomic_write(target) as temporary:
-            pd.DataFrame(rows).to_csv(temporary, index=False)
-        with atomic_write(scores) as temporary:
-            about = {"pairs": len(cases), "base": asked.base.name, "adapter": None if asked.adapted is None else asdict(asked.adapted.adapter.config)}
-            temporary.write_text(json.dumps({**about, **found}, indent=1) + "\n", encoding="utf-8")
-        entry.numbers |= {name.replace("_", " ").replace("recall at ", "R@"): value for name, value in found.items()}
-        entry.message = "; ".join(part for part in (f"{len(cases)} pairs", note) if part)
-        entry.outputs += [str(target), str(scores)]
-    return report.finish(as_json)
+def _retrieve(asked: ZeroShot, cases: Sequence[PairCase], target: Path) -> dict[str, float]:
+    """Ranks of every pair into a table, Recall@k into JSON beside it."""
+    texts = [case.text for case in cases]
+    image, text = asked.image_vectors([case.read() for case in cases]), asked.text_vectors(texts)
+    similarity, fitting = image @ text.mT, same_text(texts)
+    nearest, place = similarity.argmax(1).tolist(), ranks(similarity, fitting).tolist()
+    nearest_image, place_of_text = similarity.argmax(0).tolist(), ranks(similarity.mT, fitting).tolist()
+    rows = [
+        {"image": case.name, "text": case.text, "rank of its text": place[index], "nearest text": texts[nearest[index]],
+         "rank of its image": place_of_text[index], "nearest image": cases[nearest_image[index]].name}
+        for index, case in enumerate(cases)
+    ]  # fmt: skip
+    found = recalls(image, text, texts)
+    with atomic_write(target) as temporary:
+        pd.DataFrame(rows).to_csv(temporary, index=False)
+    with atomic_write(target.with_suffix(".json")) as temporary:
+        adapter = None if asked.adapted is None else asdict(asked.adapted.adapter.config)
+        about = {"pairs": len(cases), "base": asked.base.name, "adapter": adapter}
+        temporary.write_text(json.dumps({**about, **found}, indent=1) + "\n", encoding="utf-8")
+    return found

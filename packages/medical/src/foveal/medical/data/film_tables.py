@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,14 +184,21 @@ def _table(root: Path, table: str | None, columns: Mapping[str, str], rsna: bool
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A CSV whatever separates it; every cell is text, an empty one empty.
+    """A table separated by commas, semicolons or tabs, in UTF-8 or Windows-1252; every cell is text, an empty one empty.
 
     Raises:
         UserError: no table.
     """
     try:
-        return pd.read_csv(path, sep=None, engine="python", dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, UnicodeDecodeError, ValueError, OSError, csv.Error) as error:
+        content = path.read_bytes()
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = content.decode("cp1252")  # what spreadsheets write where UTF-8 is not the rule
+        header = text.partition("\n")[0]
+        separator = max(",;\t", key=header.count)  # reports are full of commas, names of columns are not
+        return pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False)
+    except (pd.errors.ParserError, UnicodeDecodeError, ValueError, OSError) as error:
         raise UserError(f"expected a table (CSV) in {path}; it cannot be read: {str(error).splitlines()[0]}") from None
 
 
