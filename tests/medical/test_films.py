@@ -198,7 +198,7 @@ def test_a_corpus_gives_every_film_with_its_class(corpus, layout):
 def test_a_table_with_columns_of_any_name_is_read_and_films_without_a_finding_are_left_out(tmp_path):
     for number in range(3):
         Image.fromarray(rendered(False, number)).save(tmp_path / f"f{number}.png")
-    (tmp_path / "meta.csv").write_text('Bild;Befund;wer;finding\nf0.png;normal;a;x\nf1;"flu, mild";a;x\nf2.png;;b;x\n')
+    (tmp_path / "meta.csv").write_text('Bild;Befund;wer;finding\nf0.png;normal;a;39 °C\nf1;"flu, mild";a;x\nf2.png;;b;x\n', encoding="cp1252")
     cases = find_films(tmp_path, "table", {"file": "Bild", "label": "Befund", "patient": "wer"})
     assert sorted((case.label, case.patient, case.file.name) for case in cases) == [("flu, mild", "a", "f1.png"), ("normal", "a", "f0.png")]
     with pytest.raises(UserError, match=r"expected column Herz in .*; it has Bild, Befund"):

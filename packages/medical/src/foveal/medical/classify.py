@@ -56,7 +56,7 @@ class FilmClassifier:
         if (place / "checkpoints").is_dir() or place.suffix == ".ckpt":
             from foveal.medical.tasks.export import trained
 
-            system, config, state, about = trained(_checkpoint_of(place))
+            system, config, state, about = trained(checkpoint_of(place))
             if system != "medusa":
                 raise UserError(f"expected a run that trains a classifier of films (FilmNet); {place} trains {system}; choose another run")
         else:
@@ -89,8 +89,7 @@ class FilmClassifier:
         """The film, what each scale lets through, and the probabilities."""
         read = self._read(film)
         maps = {stage: weights.numpy() for stage, weights in self.attention(read).items()}
-        aspect = read.pixels.shape[0] / read.pixels.shape[1] if self.preparation.shape == "stretch" else 1.0
-        return film_attention_figure(self.preparation.square(read).numpy(), maps, self(read), title, aspect)
+        return film_attention_figure(self.preparation.shown(read), maps, self(read), title)
 
     def save(self, path: str | Path, card: str | None = None, dtype: torch.dtype | None = None) -> Path:
         """Write the network with its preparation and class names, as `from_pretrained` reads them."""
@@ -111,7 +110,12 @@ class FilmClassifier:
         return read_film(film) if isinstance(film, (str, Path)) else film_from_array(film)
 
 
-def _checkpoint_of(place: Path) -> Path:
+def checkpoint_of(place: Path) -> Path:
+    """The checkpoint that a run's folder means: the best one, else the last; or the file itself.
+
+    Raises:
+        UserError: a run without any.
+    """
     if place.suffix == ".ckpt":
         return place
     found = [place / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]

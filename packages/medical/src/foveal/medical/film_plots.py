@@ -13,37 +13,31 @@ from foveal.medical.plots import colour_of
 
 
 def film_attention_figure(
-    film: Float[ndarray, "rows columns"], maps: Mapping[str, Float[ndarray, "cells1 cells2"]], probabilities: Mapping[str, float], title: str = "",
-    aspect: float = 1.0,
+    film: Float[ndarray, "rows columns"], maps: Mapping[str, Float[ndarray, "cells1 cells2"]], probabilities: Mapping[str, float], title: str = ""
 ) -> Figure:  # fmt: skip
     """A film, what of it each scale lets through, and the classes' probabilities.
 
-    A map's colours run from its own lowest to its own highest value, which are written above it: attention that is even everywhere is not shown as
-    if it were a finding.
+    A map's colours span at least a tenth, so that attention which is nearly even does not look like a finding; its range is written above it.
 
     Args:
-        film: as the network reads it, 0 to 1.
+        film: grey values, 0 to 1, at any size.
         maps: scale -> mean attention there, from 0 to 1.
         probabilities: class -> probability.
         title: of the figure.
-        aspect: of the film's own sides, rows by columns, where the network reads it squeezed.
     """
     count = 1 + len(maps)
-    height = 2.9 * aspect
-    figure = Figure(figsize=(2.9 * count + 2.6, max(2.6, height) + 0.7), layout="constrained")
-    axes = figure.subplots(1, count + 1, width_ratios=[*[1.0] * count, 0.8], squeeze=False)[0]
     rows, columns = film.shape
-    extent, stretch = (0, columns, rows, 0), aspect * columns / rows
-    axes[0].imshow(film, cmap="gray", vmin=0, vmax=1, aspect=stretch, extent=extent)
+    figure = Figure(figsize=(2.9 * count + 2.6, max(2.6, 2.9 * rows / columns) + 0.7), layout="constrained")
+    axes = figure.subplots(1, count + 1, width_ratios=[*[1.0] * count, 0.8], squeeze=False)[0]
+    extent = (0, columns, rows, 0)
+    axes[0].imshow(film, cmap="gray", vmin=0, vmax=1, extent=extent)
     axes[0].set_title("film", fontsize=9)
     for axis, (name, weights) in zip(axes[1:], maps.items(), strict=False):
         low, high = float(weights.min()), float(weights.max())
-        axis.imshow(film, cmap="gray", vmin=0, vmax=1, aspect=stretch, extent=extent)
+        axis.imshow(film, cmap="gray", vmin=0, vmax=1, extent=extent)
         # Bilinear, because a cell of the coarsest scale is as wide as a lung.
-        axis.imshow(
-            weights, cmap="inferno", alpha=0.45, vmin=low, vmax=max(high, low + 1e-6), aspect=stretch, extent=extent, interpolation="bilinear"
-        )
-        axis.set_title(f"{name}: {low:.2f} to {high:.2f}", fontsize=9)
+        axis.imshow(weights, cmap="inferno", alpha=0.45, vmin=low, vmax=max(high, low + 1e-6), extent=extent, interpolation="bilinear")
+        axis.set_title(f"{name}: {low:.3f} to {high:.3f}{', even' if high - low < 0.02 else ''}", fontsize=9)
     for axis in axes[:count]:
         axis.set_axis_off()
     names = list(probabilities)

@@ -6,7 +6,7 @@ A DICOM film gets its own window, and one that is stored inverted (MONOCHROME1) 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -192,6 +192,16 @@ class FilmPreparation:
             pixels = pixels[:, :, top : top + shorter, left : left + shorter]
         mode = "bicubic" if self.normalise == "clip" else "bilinear"
         return F.interpolate(pixels, (self.size, self.size), mode=mode, align_corners=False, antialias=True)[0, 0].clamp(0, 1)
+
+    def shown(self, film: Film, side: int = 512) -> Float[ndarray, "rows columns"]:
+        """The same part of the film for a picture: in its own proportion, its longer side at most `side`."""
+        if self.shape != "stretch":
+            return replace(self, size=min(side, max(film.pixels.shape))).square(film).numpy()
+        rows, columns = film.pixels.shape
+        scale = min(1.0, side / max(rows, columns))
+        size = max(1, round(rows * scale)), max(1, round(columns * scale))
+        pixels = torch.from_numpy(np.ascontiguousarray(film.pixels))[None, None]
+        return F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)[0, 0].numpy()
 
     def normalised(self, square: Float[Tensor, "*batch size size"]) -> Float[Tensor, "*batch 3 size size"]:
         """Three equal channels with the mean and spread that the network was trained with."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +21,15 @@ FilmLayout = Literal["folders", "covidx", "rsna", "table", "medmnist"]
 Part = Literal["train", "validation", "test"]
 
 #: Columns of a table by what they say, in the order of preference.
-_COLUMNS = {
+COLUMNS = {
     "file": ("file", "filename", "image", "image_path", "path", "image index", "patientid"),
+    "text": ("text", "report", "caption", "impression"),
     "label": ("label", "class", "finding", "target", "finding labels"),
     "patient": ("patient", "patient id", "patient_id", "patientid", "subject_id"),
     "source": ("source", "data source", "data_source"),
     "part": ("part", "split", "fold"),
 }
-_PARTS: dict[str, Part] = {
+PARTS: dict[str, Part] = {
     "train": "train",
     "training": "train",
     "val": "validation",
@@ -105,9 +107,9 @@ def find_films(
 
 def _folders(root: Path) -> list[FilmCase]:
     inside = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    parts = [path for path in inside if path.name.lower() in _PARTS]
+    parts = [path for path in inside if path.name.lower() in PARTS]
     if parts:
-        return [_moved(case, path, _PARTS[path.name.lower()]) for path in parts for case in _classes(path)]
+        return [_moved(case, path, PARTS[path.name.lower()]) for path in parts for case in _classes(path)]
     return _classes(root)
 
 
@@ -146,7 +148,7 @@ def _covidx(root: Path, table: str | None) -> list[FilmCase]:
     lists = sorted(path for path in root.glob(table or "*.txt") if path.stem.lower().startswith(("train", "val", "test")))
     if not lists:
         raise UserError(f"expected lists of COVIDx in {root}, such as train_COVIDx8B.txt and test_COVIDx8B.txt; found none")
-    find, cases = _Finder(root), []
+    find, cases = FileFinder(root), []
     for path in lists:
         part: Part = "train" if path.stem.lower().startswith("train") else "test" if path.stem.lower().startswith("test") else "validation"
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -163,20 +165,17 @@ def _covidx(root: Path, table: str | None) -> list[FilmCase]:
 
 
 def _table(root: Path, table: str | None, columns: Mapping[str, str], rsna: bool) -> list[FilmCase]:
-    path = _only_table(root, table)
-    try:
-        frame = pd.read_csv(path, sep=None, engine="python", dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"expected a table (CSV) in {path}; it cannot be read: {str(error).splitlines()[0]}") from None
-    names = {what: _column(frame, path, what, columns.get(what)) for what in _COLUMNS}
+    path = only_table(root, table)
+    frame = read_table(path)
+    names = {what: column_of(frame, path, what, columns.get(what)) for what in COLUMNS if what != "text"}
     rows: list[dict[str, Any]] = [{what: row[name].strip() if name else "" for what, name in names.items()} for _, row in frame.iterrows()]
     rows = [row for row in rows if row["label"]]  # a film without a finding teaches nothing
     if rsna:
         rows = _rsna_patients(rows, path)
-    find = _Finder(path.parent if root.is_file() else root)
+    find = FileFinder(path.parent if root.is_file() else root)
     cases = []
     for row in rows:
-        part = _PARTS.get(row["part"].lower()) if row["part"] else None
+        part = PARTS.get(row["part"].lower()) if row["part"] else None
         if row["part"] and part is None:
             raise UserError(f"expected train, validation or test in column {names['part']} of {path}; got {row['part']}")
         cases.append(FilmCase(row["file"], row["label"], row["patient"] or row["file"], find(row["file"], path, row["part"]), part, row["source"]))
@@ -184,7 +183,31 @@ def _table(root: Path, table: str | None, columns: Mapping[str, str], rsna: bool
     return cases
 
 
-def _only_table(root: Path, table: str | None) -> Path:
+def read_table(path: Path) -> pd.DataFrame:
+    """A table separated by commas, semicolons or tabs, in UTF-8 or Windows-1252; every cell is text, an empty one empty.
+
+    Raises:
+        UserError: no table.
+    """
+    try:
+        content = path.read_bytes()
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = content.decode("cp1252")  # what spreadsheets write where UTF-8 is not the rule
+        header = text.partition("\n")[0]
+        separator = max(",;\t", key=header.count)  # reports are full of commas, names of columns are not
+        return pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False)
+    except (pd.errors.ParserError, UnicodeDecodeError, ValueError, OSError) as error:
+        raise UserError(f"expected a table (CSV) in {path}; it cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def only_table(root: Path, table: str | None) -> Path:
+    """The table of a corpus: the file itself, the one named, or the only one in the folder.
+
+    Raises:
+        UserError: none, or several.
+    """
     if root.is_file():
         return root
     found = [root / table] if table else sorted(path for pattern in ("*.csv", "*.tsv") for path in root.glob(pattern))
@@ -194,16 +217,21 @@ def _only_table(root: Path, table: str | None) -> Path:
     return found[0]
 
 
-def _column(frame: pd.DataFrame, path: Path, what: str, given: str | None) -> str | None:
+def column_of(frame: pd.DataFrame, path: Path, what: str, given: str | None, required: tuple[str, ...] = ("file", "label")) -> str | None:
+    """Name of the column that says something, by what was given or what is usual; None where there is none and none is needed.
+
+    Raises:
+        UserError: the one given is missing, or file, text or label is and must not be.
+    """
     if given is not None:
         if given not in frame.columns:
             raise UserError(f"expected column {given} in {path}; it has {', '.join(map(str, frame.columns[:12]))}")
         return given
     lower = {str(name).strip().lower(): str(name) for name in frame.columns}
-    found = next((lower[name] for name in _COLUMNS[what] if name in lower), None)
-    if found is None and what in ("file", "label"):
+    found = next((lower[name] for name in COLUMNS[what] if name in lower), None)
+    if found is None and what in required:
         raise UserError(
-            f"expected a column for the {what} in {path} ({', '.join(_COLUMNS[what])}); it has {', '.join(map(str, frame.columns[:12]))}; set columns"
+            f"expected a column for the {what} in {path} ({', '.join(COLUMNS[what])}); it has {', '.join(map(str, frame.columns[:12]))}; set columns"
         )
     return found
 
@@ -237,13 +265,13 @@ def _medmnist(file: Path) -> list[FilmCase]:
                 raise UserError(f"expected grey pictures (n, rows, columns) and a label each in {file}; {part} has {images.shape} and {labels.shape}")
             for index, (pixels, label) in enumerate(zip(images, labels, strict=True)):
                 name = f"{part}_{index:06d}"
-                cases.append(FilmCase(name, str(label), name, None, _PARTS[part], file.stem, pixels))
+                cases.append(FilmCase(name, str(label), name, None, PARTS[part], file.stem, pixels))
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise UserError(f"expected a MedMNIST file (.npz with train_images, train_labels, ...); {file} cannot be read as one: {error}") from None
     return cases
 
 
-class _Finder:
+class FileFinder:
     """Where the file is that a table names: below the root as it is named, in a folder of the part, or anywhere below by its name or stem."""
 
     def __init__(self, root: Path) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -19,6 +19,8 @@ from foveal.core.errors import UserError
 from foveal.core.resumable import ResumableDataLoader
 from foveal.medical.data.film_tables import FilmCase, FilmLayout, Part, find_films
 from foveal.medical.films import FilmPreparation
+
+Case = TypeVar("Case", bound=FilmCase)
 
 
 class LabelledFilm(NamedTuple):
@@ -111,7 +113,7 @@ def _transform(augmentation: FilmAugmentation, size: int) -> Any:
     return Compose([*chain, RandFlip(prob=0.5, spatial_axis=1)] if augmentation.flip else chain)
 
 
-def split_by_patient(cases: Sequence[FilmCase], validation: float, test: float, seed: int) -> dict[Part, list[FilmCase]]:
+def split_by_patient(cases: Sequence[Case], validation: float, test: float, seed: int) -> dict[Part, list[Case]]:
     """The films in three parts, every patient's in one of them, with about the same share of each class.
 
     Films that the corpus assigns to a part stay there: only what it assigns to none is drawn, and validation is drawn from training where the
@@ -123,7 +125,7 @@ def split_by_patient(cases: Sequence[FilmCase], validation: float, test: float, 
         test: share of the patients.
         seed: of the draw.
     """
-    parts: dict[Part, list[FilmCase]] = {part: [case for case in cases if case.part == part] for part in ("train", "validation", "test")}
+    parts: dict[Part, list[Case]] = {part: [case for case in cases if case.part == part] for part in ("train", "validation", "test")}
     free = [case for case in cases if case.part is None]
     if free:
         drawn = _drawn(free, (validation, test), seed)
@@ -137,15 +139,18 @@ def split_by_patient(cases: Sequence[FilmCase], validation: float, test: float, 
     return parts
 
 
-def _drawn(cases: Sequence[FilmCase], shares: tuple[float, float], seed: int) -> tuple[list[FilmCase], list[FilmCase], list[FilmCase]]:
+def _drawn(cases: Sequence[Case], shares: tuple[float, float], seed: int) -> tuple[list[Case], list[Case], list[Case]]:
     """Two shares of the patients of every class, and the rest."""
-    of_patient: dict[str, list[FilmCase]] = {}
+    of_patient: dict[str, list[Case]] = {}
     for case in sorted(cases, key=lambda case: case.name):
         of_patient.setdefault(case.patient, []).append(case)
     of_class: dict[str, list[str]] = {}
     for patient, films in of_patient.items():
         of_class.setdefault(max(film.label for film in films), []).append(patient)
-    out: tuple[list[FilmCase], list[FilmCase], list[FilmCase]] = ([], [], [])
+    out: tuple[list[Case], list[Case], list[Case]] = ([], [], [])
+    few = sorted(label for label, patients in of_class.items() if len(patients) < 3)
+    if few:  # rare combinations of findings are drawn from together
+        of_class[""] = [*of_class.pop("", []), *(patient for label in few if label for patient in of_class.pop(label))]
     generator = np.random.default_rng(seed)
     for label in sorted(of_class):
         patients = [of_class[label][index] for index in generator.permutation(len(of_class[label]))]

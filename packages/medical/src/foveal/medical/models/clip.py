@@ -1,4 +1,4 @@
-"""CLIP's two towers as open_clip builds them, ViT and causal transformer, for an adapter to work on: every token, and what the class token attends to.
+"""CLIP's two towers as open_clip builds them, ViT and causal transformer, for an adapter to work on: all tokens, and what the class token attends to.
 
 Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021 (arXiv:2103.00020). A text's class token is its last one,
 which is put first here: an adapter finds both modalities' class tokens in the same place. BiomedCLIP's towers are of another make: `biomed_clip`.

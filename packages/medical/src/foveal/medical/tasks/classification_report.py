@@ -60,15 +60,13 @@ class FilmReport:
         for row in own.argsort()[:overlays].tolist():
             case = self.films.cases[int(self.index[row])]
             film = case.read()
-            square = self.films.preparation.square(film)
             with torch.no_grad():
-                maps = network.attended(self.films.preparation.normalised(square)[None].to(device))  # type: ignore[operator]
-            aspect = film.pixels.shape[0] / film.pixels.shape[1] if self.films.preparation.shape == "stretch" else 1.0
+                maps = network.attended(self.films.preparation(film)[None].to(device))  # type: ignore[operator]
             shares = dict(zip(names, self.probabilities[row].tolist(), strict=True))
             shown = {stage: weights[0].float().cpu().numpy() for stage, weights in maps.items()}
             title = f"{case.name} is {names[int(self.labels[row])]}"
             name = f"film_{case.name}".replace("/", "_")
-            out[name] = film_attention_figure(square.numpy(), shown, shares, title, aspect)
+            out[name] = film_attention_figure(self.films.preparation.shown(film), shown, shares, title)
         return out
 
     def finish(self, trainer: pl.Trainer, network: nn.Module, overlays: int) -> Path:

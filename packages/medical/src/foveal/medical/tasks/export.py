@@ -18,6 +18,7 @@ from foveal.core.checkpoint import save_weights
 from foveal.core.errors import UserError
 from foveal.core.exporting import Kind, TrainedRun, export_command, read_run
 from foveal.medical.film_net import FilmNet, FilmNetConfig
+from foveal.medical.models.ace_lora import ACELoRA, ACELoRAConfig
 from foveal.medical.models.acmil import GatedACMIL, GatedACMILConfig, MultiHeadACMIL, MultiHeadACMILConfig
 from foveal.medical.models.guided_attention import GuidedAttentionConfig, GuidedAttentionNet
 from foveal.medical.models.mhs_vm import MHSVM, MHSVMConfig
@@ -57,8 +58,18 @@ def trained(checkpoint: str | Path) -> Trained:
         UserError: not a checkpoint in a run's folder, or of another network.
     """
     run = read_run(checkpoint)
+    if run.task == "AdaptationTask":
+        return _adapter(run)
     system, config = run.trained(_NETWORKS)
     return Trained(system, config, run.weights, {"steps": str(run.steps), **_about(system, run)})
+
+
+def _adapter(run: TrainedRun) -> Trained:
+    """ACE-LoRA alone: what it adapts is named, not kept."""
+    config = ACELoRAConfig(**run.checkpoint["adapter"])
+    state = {key.removeprefix("network.adapter."): value for key, value in run.state.items()}
+    ACELoRA(config).load_state_dict(state)  # every key and shape is looked at
+    return Trained("ace_lora", config, state, {"steps": str(run.steps), "base": run.checkpoint["base"]})
 
 
 def _about(system: str, run: TrainedRun) -> dict[str, str]:
