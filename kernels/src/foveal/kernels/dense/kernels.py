@@ -284,19 +284,15 @@ def key_gradients_kernel(
 
 
 @triton.jit
-def logit_gradients(
-    queries_tile, gradient, keys_tile, v, rates, sums, taken, first, start, x, n, spot, F: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr
-):
-    """Gradient of a (query, key) tile of logits, and the derivative of the logit by the product of query and key."""
+def logit_gradients(product, dweights, rates, sums, taken, first, start, x, n, spot, F: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """From products of a (query, key) tile, q k^T and dout v^T, to the gradient of its logits; and their derivative by the scaled first."""
     query = tl.arange(0, QUERIES)[:, None]
     key = tl.arange(0, KEYS)[None, :]
-    product = tl.dot(queries_tile, tl.trans(keys_tile), input_precision=F.precision) * (n.scale * unit(F))
+    product *= n.scale * unit(F)
     if F.temperature:
         product *= rates[:, None]
     logits, steepness = modify(product, query, key, first, start, x, n, spot, F, True)
     _, slope = weigh(logits, sums[:, None], F)
-    values_tile = load_rows(v, start, spot.keys, x.v.row, KEYS, F.value_dim, F.value_width, F.upcast)
-    dweights = tl.dot(gradient, tl.trans(values_tile), input_precision=F.precision)
     if F.dropout:
         dweights *= survivors(query, key, first, start, n, spot, F)
     return slope * (dweights - taken[:, None]), steepness
@@ -374,7 +370,10 @@ def query_gradients_kernel(
     end = last_key(first + QUERIES, queries, keys, n.right, F.right)
     for start in range(begin, end, KEYS):
         keys_tile = load_rows(k, start, keys, x.k.row, KEYS, F.dim, F.width, F.upcast)
-        dlogits, steepness = logit_gradients(queries_tile, gradient, keys_tile, v, rates, sums, taken, first, start, x, n, spot, F, QUERIES, KEYS)
+        values_tile = load_rows(v, start, keys, x.v.row, KEYS, F.value_dim, F.value_width, F.upcast)
+        product = tl.dot(queries_tile, tl.trans(keys_tile), input_precision=F.precision)
+        dweights = tl.dot(gradient, tl.trans(values_tile), input_precision=F.precision)
+        dlogits, steepness = logit_gradients(product, dweights, rates, sums, taken, first, start, x, n, spot, F, QUERIES, KEYS)
         if W.bias:
             store_bias_gradient(rows.bias + pair.to(tl.int64) * queries * keys, dlogits, spot, x, first, start, keys, QUERIES, KEYS)
         if W.score_bias:
@@ -431,6 +430,38 @@ class Shared:
 
 
 @triton.jit
+def load_columns(base, first, count, stride, begin, LENGTH: tl.constexpr, DIM: tl.constexpr, PART: tl.constexpr, UPCAST: tl.constexpr):
+    """Columns begin .. begin + PART of rows first .. first + LENGTH of a (count, DIM) matrix, zero beyond its ends."""
+    position = first  # in the interpreter a loop's index is a Python int, an assigned name is a tensor
+    row = position + tl.arange(0, LENGTH)
+    column = begin + tl.arange(0, PART)
+    pointers = base + position.to(tl.int64) * stride + tl.arange(0, LENGTH)[:, None] * stride + column[None, :]
+    if DIM % PART == 0:
+        tile = tl.load(pointers, mask=row[:, None] < count, other=0.0)
+    else:
+        tile = tl.load(pointers, mask=(row[:, None] < count) & (column[None, :] < DIM), other=0.0)
+    if UPCAST:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def row_products(
+    left, left_first, left_count, left_stride, right, right_first, right_count, right_stride,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, F: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+):  # fmt: skip
+    """Products of LEFT rows of a matrix with RIGHT rows of another, from memory, 64 columns at a time: whole rows of a wide head would spill."""
+    MOST: tl.constexpr = 32 if F.dot == "fp32" else 64
+    PART: tl.constexpr = MOST if WIDTH > MOST else WIDTH
+    product = tl.zeros([LEFT, RIGHT], tl.float32)
+    for column in range(0, WIDTH, PART):
+        some = load_columns(left, left_first, left_count, left_stride, column, LEFT, DIM, PART, F.upcast)
+        others = load_columns(right, right_first, right_count, right_stride, column, RIGHT, DIM, PART, F.upcast)
+        product = tl.dot(some, tl.trans(others), product, input_precision=F.precision)
+    return product
+
+
+@triton.jit
 def shared_gradient_kernel(
     x, n, dout, lse, delta, target, ends, planes, begin_row, end_row,
     F: tl.constexpr, S: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -461,21 +492,20 @@ def shared_gradient_kernel(
         head = (own_head + turn % head_count).to(tl.int64)
         first_query, queries, first_row, keys = extent(x, n, batch, F)
         spot = locate(x, n, batch, head, first_query, queries, keys, F)
+        q = at(x.q, batch, head, first_query)
         k = at(x.k, batch, head // n.group, first_row)
         v = at(x.v, batch, head // n.group, first_row)
+        given = at(dout, batch, head, first_query)
         query_end = queries if S.queries else tl.minimum(query_begin + QUERIES, tl.minimum(queries, end_row))
         key_end = keys if S.keys else tl.minimum(key_begin + KEYS, keys)
         for query_start in range(query_begin, query_end, QUERIES):
             here = query_start + tl.arange(0, QUERIES)
-            queries_tile = load_rows(at(x.q, batch, head, first_query), query_start, queries, x.q.row, QUERIES, F.dim, F.width, F.upcast)
-            gradient = load_rows(at(dout, batch, head, first_query), query_start, queries, dout.row, QUERIES, F.value_dim, F.value_width, F.upcast)
             rates = load_rates(x, here, spot, F)
             sums, taken = load_sums(at(lse, batch, head, first_query), at(delta, batch, head, first_query), here, queries)
             for start in range(key_begin, key_end, KEYS):
-                keys_tile = load_rows(k, start, keys, x.k.row, KEYS, F.dim, F.width, F.upcast)
-                dlogits, _ = logit_gradients(
-                    queries_tile, gradient, keys_tile, v, rates, sums, taken, query_start, start, x, n, spot, F, QUERIES, KEYS
-                )
+                product = row_products(q, query_start, queries, x.q.row, k, start, keys, x.k.row, F.dim, F.width, F, QUERIES, KEYS)
+                dweights = row_products(given, query_start, queries, dout.row, v, start, keys, x.v.row, F.value_dim, F.value_width, F, QUERIES, KEYS)
+                dlogits, _ = logit_gradients(product, dweights, rates, sums, taken, query_start, start, x, n, spot, F, QUERIES, KEYS)
                 gathered += dlogits
     if S.table:
         spot = locate(x, n, own_batch.to(tl.int64), own_head.to(tl.int64), tl.full([], 0, tl.int64), n.queries, n.keys, F)
