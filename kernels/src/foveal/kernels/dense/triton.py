@@ -161,7 +161,7 @@ def _precision() -> str:
     """How float32 enters the matrix units: exactly, or in three TF32 products that come close; in one where torch is told so.
 
     One product is off by a thousandth, a thousand times eager's own error, which the error rule allows twice. Exact products on NVIDIA leave
-    the matrix units, and at head dim 256 the compiler then keeps whole rows in registers: 2.4 KB of them spill, where three products spill 0.1.
+    the matrix units and keep whole rows in registers.
     """
     if interpreting() or torch.version.hip is not None:
         return "ieee"

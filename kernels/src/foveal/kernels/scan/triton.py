@@ -1,8 +1,8 @@
 """Triton form of the selective scan.
 
-A tile is (state, step): the states of one channel over a chunk of 64 steps (32 of more than 32 states), in registers. Inside a chunk the recurrence is an associative
-scan over steps, which reads and writes memory along the sequence, as it lies; from chunk to chunk the state is carried. Forward gives each
-program one channel of one batch element and keeps the state at every chunk's start.
+A tile is (state, step): the states of one channel over a chunk of 64 steps, in registers (of more than 32 states, 32 steps). Inside a
+chunk the recurrence is an associative scan over steps, which reads and writes memory along the sequence, as it lies; from chunk to chunk
+the state is carried. Forward gives each program one channel of one batch element and keeps the state at every chunk's start.
 
 Backward gives a program a block of channels of one batch element. It walks the chunks from the last to the first and, in each, its
 channels: so dB and dC, which channels share, gather in registers and are stored once a chunk. What is left to sum (blocks of a group,
