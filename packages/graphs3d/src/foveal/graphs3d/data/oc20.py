@@ -3,7 +3,7 @@
 A pickle can name any function to be called when it is read. Here only what such rows need is answered: tensors, numpy arrays and the containers, of
 which the attributes are kept and nothing is run; whatever else a row names is refused.
 
-Layout (Chanussot et al., 2021): keys are "0", "1", ... and sometimes "length". A row has ``atomic_numbers``, ``pos`` (A), ``cell``, ``fixed`` (0 or 1),
+Layout (Chanussot et al., 2021): keys are "0", "1", ... and sometimes "length". A row has ``atomic_numbers``, ``pos`` (A), ``cell``, ``fixed`` (0, 1),
 ``tags`` (0 below, 1 surface, 2 adsorbate), ``y`` or ``y_init`` (eV) and ``force`` (eV/A). Energies are taken as they stand: those of the released
 S2EF files are relative to slab and gas, which is not what EquiformerV3 was trained on.
 """
