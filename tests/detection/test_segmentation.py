@@ -244,7 +244,7 @@ def _arguments(folders: Path, *more: str, verb: str = "fit", config: str = "beva
         "--data.names", '["grey", "red", "blue"]', "--data.crop", "[64, 64]", "--data.base_size", "96", "--data.batch_size", "2", "--data.workers", "0",
         "--model.config.classes", "3", "--model.config.channels", "8", "--model.config.pyramid_channels", "8", "--model.config.head_channels", "8",
         "--model.class_weights", "null", "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto",
-        "--trainer.enable_progress_bar", "false", *more,
+        "--trainer.enable_progress_bar", "false", "--trainer.logger", "false", *more,
     ]  # fmt: skip
 
 
