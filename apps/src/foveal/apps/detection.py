@@ -79,9 +79,7 @@ def segment(
     from foveal.detection.segment import segment_command
 
     raise typer.Exit(
-        segment_command(
-            sources, output=output, checkpoint=checkpoint, image_size=image_size, device=device, overwrite=overwrite, as_json=as_json
-        )
+        segment_command(sources, output=output, checkpoint=checkpoint, image_size=image_size, device=device, overwrite=overwrite, as_json=as_json)
     )
 
 

@@ -68,7 +68,14 @@ class Heads:
 
 
 def heads_of(
-    said: HeadPoses, row: int, factor: float, padding: tuple[int, int], size: tuple[int, int], score: float = 0.3, overlap: float = 0.45, most: int = 300
+    said: HeadPoses,
+    row: int,
+    factor: float,
+    padding: tuple[int, int],
+    size: tuple[int, int],
+    score: float = 0.3,
+    overlap: float = 0.45,
+    most: int = 300,
 ) -> Heads:
     """Heads of a picture of a batch: of boxes that overlap the surest, brought back to the picture's own pixels.
 

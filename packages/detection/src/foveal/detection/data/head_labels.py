@@ -188,7 +188,8 @@ def draw_people(number: int, side: int, seed: int = 0, most: int = 4) -> HeadPic
     generator = np.random.default_rng([seed, number])
     y, x = np.mgrid[:side, :side] / side
     waves = sum(
-        generator.normal() * np.sin(2 * np.pi * (generator.uniform(0, 4) * x + generator.uniform(0, 4) * y) + generator.uniform(0, 6)) for _ in range(4)
+        generator.normal() * np.sin(2 * np.pi * (generator.uniform(0, 4) * x + generator.uniform(0, 4) * y) + generator.uniform(0, 6))
+        for _ in range(4)
     )
     base = generator.uniform(0.2, 0.8, 3) + 0.12 * np.asarray(waves)[..., None] * generator.uniform(0.3, 1, 3)
     image = np.clip(base + generator.normal(0, 0.04, base.shape), 0, 1) * 255

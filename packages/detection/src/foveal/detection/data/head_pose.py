@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import cv2
 import lightning.pytorch as pl
@@ -24,7 +24,8 @@ from foveal.detection.postprocess import letterbox
 _GREY = 114
 
 
-class HeadBatch(NamedTuple):
+@dataclass(eq=False)
+class HeadBatch:
     """Pictures of a size, and their heads.
 
     Attributes:
@@ -39,6 +40,11 @@ class HeadBatch(NamedTuple):
     targets: Float[Tensor, "heads 8"]
     pictures: list[HeadPicture]
     factors: list[tuple[float, tuple[int, int]]]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> HeadBatch:
+        """The batch on a device; labels stay where they are."""
+        images, targets = (value.to(device, non_blocking=non_blocking) for value in (self.images, self.targets))
+        return HeadBatch(images, targets, self.pictures, self.factors)
 
 
 class HeadSet(Dataset):

@@ -161,5 +161,7 @@ def scenes_of(root: str | Path, kind: SceneFolder, part: str) -> list[Scene]:
         raise UserError(f"expected pictures in {where}; found none; check data.source and the name of the part")
     lacking = [pair for pair in pairs if not pair.labels.is_file()]
     if lacking:
-        raise UserError(f"expected labels of every picture; {len(lacking)} of {len(pairs)} have none, such as {lacking[0].labels}; add or remove them")
+        raise UserError(
+            f"expected labels of every picture; {len(lacking)} of {len(pairs)} have none, such as {lacking[0].labels}; add or remove them"
+        )
     return pairs

@@ -113,7 +113,8 @@ class HeadPoseTask(pl.LightningModule):
         for name, parameter in self.network.named_parameters():
             groups["biases" if name.endswith("bias") else "norms" if id(parameter) in norms else "weights"].append(parameter)
         listed: list[dict[str, Any]] = [
-            {"params": parameters, "weight_decay": self.weight_decay if kind == "weights" else 0.0, "kind": kind} for kind, parameters in groups.items()
+            {"params": parameters, "weight_decay": self.weight_decay if kind == "weights" else 0.0, "kind": kind}
+            for kind, parameters in groups.items()
         ]
         if self.optimizer_name == "adamw":
             return torch.optim.AdamW(listed, self.learning_rate, (self.momentum, 0.999))
@@ -137,12 +138,14 @@ class HeadPoseTask(pl.LightningModule):
         said = self.network(batch.images)
         places = {id(picture): place for place, picture in enumerate(self._data.pictures(part))}
         for row, (picture, (factor, padding)) in enumerate(zip(batch.pictures, batch.factors, strict=True)):
-            height, width = (picture.image.shape[:2] if picture.image is not None else (picture.size[1], picture.size[0]))
+            height, width = picture.image.shape[:2] if picture.image is not None else (picture.size[1], picture.size[0])
             found = heads_of(said, row, factor, padding, (width, height), score=0.001, overlap=0.65)
             place = places.get(id(picture), next(n for n, other in enumerate(self._data.pictures(part)) if other.number == picture.number))
             self._found.append((place, found))
             if index == 0 and row == 0:
-                log_figure(self, f"{part}/heads", show_heads(picture.read(), found.above(min(self.measured_score, 0.3)), picture.boxes, picture.angles))
+                log_figure(
+                    self, f"{part}/heads", show_heads(picture.read(), found.above(min(self.measured_score, 0.3)), picture.boxes, picture.angles)
+                )
 
     def validation_step(self, batch: HeadBatch, index: int) -> None:
         """Collect what is found."""
@@ -223,6 +226,8 @@ def start_from(network: DirectMHP, weights: str) -> list[str]:
         key: value.to(own[key].dtype) for key, value in given.items() if key in own and value.shape == own[key].shape and "anchor" not in key
     }  # fmt: skip
     if not fitting:
-        raise UserError(f"expected weights of a DirectMHP or YOLOv5 of this size; nothing in {weights} fits; choose another file or model.config.width")
+        raise UserError(
+            f"expected weights of a DirectMHP or YOLOv5 of this size; nothing in {weights} fits; choose another file or model.config.width"
+        )
     network.load_state_dict({**own, **fitting})
     return sorted(key for key in own.keys() - fitting.keys() if "anchor" not in key)

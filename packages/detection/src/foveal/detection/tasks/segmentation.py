@@ -80,7 +80,9 @@ class SegmentationTask(pl.LightningModule):
         """The head must have the data's classes, and the loss weights for them."""
         names = self._data.kind.names
         if len(names) != self.network.config.classes:
-            raise UserError(f"expected model.config.classes {len(names)}, as the data has ({', '.join(names[:5])}, ...); got {self.network.config.classes}")
+            raise UserError(
+                f"expected model.config.classes {len(names)}, as the data has ({', '.join(names[:5])}, ...); got {self.network.config.classes}"
+            )
         if self.loss.weight is not None and len(self.loss.weight) != len(names):
             raise UserError(f"expected {len(names)} class weights, one a class; got {len(self.loss.weight)}")
 
