@@ -96,11 +96,11 @@ def test_faults_of_a_folder_are_named(folders: Path, tmp_path: Path) -> None:
         scene_folder(folders)
     with pytest.raises(UserError, match="does not exist"):
         scene_folder(folders / "nowhere")
-    with pytest.raises(UserError, match="found none; check data.source"):
+    with pytest.raises(UserError, match=r"found none; check data\.source"):
         scene_folder(folders / "images")
     with pytest.raises(UserError, match="auto, cityscapes, camvid or folders"):
         scene_folder(folders, "voc")
-    with pytest.raises(UserError, match="expected no data.names"):
+    with pytest.raises(UserError, match=r"expected no data\.names"):
         scene_folder(folders, "cityscapes", names)
     kind = scene_folder(folders, names=names)
     with pytest.raises(UserError, match="found none"):
@@ -241,7 +241,8 @@ def test_the_form_for_inference_says_the_same(golden: Any) -> None:
 def _arguments(folders: Path, *more: str, verb: str = "fit", config: str = "bevanet_small") -> list[str]:
     return [
         verb, "--config", str(CONFIGS / f"{config}.yaml"), "--runs", str(folders / "runs"), "--data.source", str(folders),
-        "--data.names", '["grey", "red", "blue"]', "--data.crop", "[64, 64]", "--data.base_size", "96", "--data.batch_size", "2", "--data.workers", "0",
+        "--data.names", '["grey", "red", "blue"]', "--data.crop", "[64, 64]", "--data.base_size", "96", "--data.batch_size", "2",
+        "--data.workers", "0",
         "--model.config.classes", "3", "--model.config.channels", "8", "--model.config.pyramid_channels", "8", "--model.config.head_channels", "8",
         "--model.class_weights", "null", "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto",
         "--trainer.enable_progress_bar", "false", "--trainer.logger", "false", *more,
