@@ -201,8 +201,8 @@ def draw_people(number: int, side: int, seed: int = 0, most: int = 4) -> HeadPic
         turned[0], turned[2] = float(np.clip(turned[0], -60, 60)), float(np.clip(turned[2], -50, 50))
         tone = float(generator.uniform(0.35, 1))
         skin, hair = np.array([0.95, 0.78, 0.66]) * tone, generator.uniform(0.03, 0.5) * np.array([1, 0.8, 0.6])
-        head = draw_head(radius, turned, skin, hair)
-        rows, columns = (head[..., 3].any(axis).nonzero()[0] for axis in (1, 0))
+        head = draw_head(radius, turned, skin.tolist(), hair.tolist())
+        rows, columns = (np.flatnonzero(head[..., 3].max(axis)) for axis in (1, 0))
         head = head[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         height, width = head.shape[:2]
         left, top = int(generator.integers(0, side - width)), int(generator.integers(0, side - height))
