@@ -6,20 +6,19 @@ are read.
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 
 from foveal.core.checkpoint import save_weights
 from foveal.core.errors import UserError
-from foveal.core.run_folder import run_of
+from foveal.core.exporting import export_command, read_run
 from foveal.detection.checkpoints.compact import compact
 from foveal.detection.data.labels import read_labels
 from foveal.detection.data.scenes import scene_folder
@@ -78,25 +77,13 @@ def export(checkpoint: str | Path, target: str | Path, card: str | None = None, 
     Raises:
         UserError: not a checkpoint in a run's folder, or of another network.
     """
-    run = run_of(checkpoint)
-    if run is None:
-        raise UserError(f"expected a checkpoint in the checkpoints folder of a run, beside its config.yaml; got {checkpoint}")
-    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    task = settings["model"]["class_path"].rsplit(".", 1)[-1]
-    if task not in _KINDS:
-        raise UserError(f"expected a run of {', '.join(_KINDS)}; {run} is one of {task}, whose weights are used from its checkpoint")
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    state = {key.removeprefix("network."): value for key, value in saved["state_dict"].items() if key.startswith("network.")}
-    trained = _KINDS[task](settings["model"]["init_args"]["config"], settings["data"]["init_args"], state)
-    metadata = {**trained.metadata, "steps": str(saved["global_step"])}
+    run = read_run(checkpoint)
+    if run.task not in _KINDS:
+        raise UserError(f"expected a run of {', '.join(_KINDS)}; {run.folder} is one of {run.task}, whose weights are used from its checkpoint")
+    trained = _KINDS[run.task](run.settings["model"]["init_args"]["config"], run.settings["data"]["init_args"], run.weights)
+    metadata = {**trained.metadata, "steps": str(run.steps)}
     return save_weights(target, trained.state, system=trained.system, config=trained.config, card=card, dtype=dtype, metadata=metadata)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write the trained network of a run as safetensors, in half precision.")
-    parser.add_argument("checkpoint", type=Path, help="last.ckpt or best.ckpt in a run's folder")
-    parser.add_argument("target", type=Path, help="file to write, ending in .safetensors")
-    parser.add_argument("--card", type=Path, help="Markdown file to put beside it")
-    arguments = parser.parse_args()
-    text = None if arguments.card is None else arguments.card.read_text(encoding="utf-8")
-    print(export(arguments.checkpoint, arguments.target, text))
+    sys.exit(export_command(export, "Write the trained network of a run as safetensors, in half precision."))
