@@ -76,9 +76,10 @@ def attention_slide_figure(
     side = 5.2
     figure = Figure(figsize=(2 * side + 1.2, side * shape + 0.9), layout="constrained")
     plain, heat = figure.subplots(1, 2)
-    colours = ScalarMappable(Normalize(0, 1), "magma")
-    for axis in (plain, heat):
-        axis.imshow(thumbnail, extent=(0, width, height, 0), interpolation="bilinear")
+    colours = ScalarMappable(Normalize(0, 1), "viridis")  # no colour of it is a stain's
+    grey = np.repeat(thumbnail.mean(-1, keepdims=True).astype(np.uint8), 3, -1)
+    for axis, picture in ((plain, thumbnail), (heat, grey)):
+        axis.imshow(picture, extent=(0, width, height, 0), interpolation="bilinear")
         axis.set_xlim(0, width)
         axis.set_ylim(height, 0)
         axis.set_axis_off()

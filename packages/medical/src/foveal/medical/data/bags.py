@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -180,7 +181,11 @@ class LabelledBags(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Whole bags to choose by; none where there are none."""
-        return self._whole("validation") if self.items("validation") else []
+        if self.items("validation"):
+            return self._whole("validation")
+        # Lightning asks whether that was meant.
+        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+        return []
 
     def test_dataloader(self) -> DataLoader:
         """Whole bags of the test part."""
