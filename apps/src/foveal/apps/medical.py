@@ -1,4 +1,4 @@
-"""``foveal medical``: segmentation, restoration and slides of the user's own, training, the authors' checkpoints."""
+"""``foveal medical``: segmentation, restoration, classification and zero-shot questions, training, the authors' checkpoints."""
 
 from __future__ import annotations
 
@@ -81,6 +81,29 @@ def restore(
 
 
 @app.command()
+def classify(
+    films: Annotated[list[Path], typer.Argument(help="Chest films: PNG, JPEG, TIFF or DICOM files, or folders of them.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: classified.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A run's folder, a checkpoint in it, or exported weights (.safetensors); none ship.")
+    ] = None,
+    pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Draw what the network attends to at each scale.")] = True,
+    device: _Device = "auto",
+    overwrite: _Overwrite = False,
+    seed: _Seed = 0,
+    as_json: _Json = False,
+) -> None:
+    """Classify films with MEDUSA: probabilities.csv, and a picture of each film with its attention."""
+    from foveal.medical.classify import classify_command
+
+    raise typer.Exit(
+        classify_command(
+            films, output=output, checkpoint=checkpoint, device=device, pictures=pictures, overwrite=overwrite, seed=seed, as_json=as_json,
+        )
+    )  # fmt: skip
+
+
+@app.command()
 def slide(
     slides: Annotated[
         list[Path],
@@ -111,6 +134,35 @@ def slide(
         slide_command(
             slides, output=output, checkpoint=checkpoint, encoder=encoder, encoder_weights=encoder_weights, tile=tile, mpp=mpp,
             slide_mpp=slide_mpp, tissue=tissue, batch=batch, features_only=features_only, pictures=pictures, device=device,
+            overwrite=overwrite, seed=seed, as_json=as_json,
+        )
+    )  # fmt: skip
+
+
+@app.command("zero-shot")
+def zero_shot(
+    images: Annotated[list[Path] | None, typer.Argument(help="Films to classify: PNG, JPEG, TIFF or DICOM files, or folders of them.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Classes to choose from: a name a line, or YAML of names and sentences.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="Instead: a table (CSV) of images and texts, to measure retrieval both ways.")] = None,
+    base: Annotated[
+        str, typer.Option(help="Folder or file of the model, hf-hub:OWNER/NAME, open_clip's NAME/TAG, or random:biomed_clip for a trial.")
+    ] = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
+    adapter: Annotated[
+        Path | None, typer.Option(help="ACE-LoRA: the authors' file, a run, or exported weights; without it the model as it is.")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="tokenizer.json or vocab.txt, where none lies beside the model.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: zero_shot.")] = None,
+    device: _Device = "auto",
+    overwrite: _Overwrite = False,
+    seed: _Seed = 0,
+    as_json: _Json = False,
+) -> None:
+    """Ask a vision-language model: classify films by sentences (--prompts), or find texts for images and images for texts (--pairs)."""
+    from foveal.medical.zero_shot import zero_shot_command
+
+    raise typer.Exit(
+        zero_shot_command(
+            images or [], prompts=prompts, pairs=pairs, output=output, base=base, tokenizer=tokenizer, adapter=adapter, device=device,
             overwrite=overwrite, seed=seed, as_json=as_json,
         )
     )  # fmt: skip

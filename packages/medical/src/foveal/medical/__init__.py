@@ -1,4 +1,4 @@
-"""Medical images: segmentation and restoration with attention, predictions in the input's exact geometry.
+"""Medical images: segmentation, restoration, classification of films, vision-language adapters; predictions in the input's exact geometry.
 
 >>> from foveal.medical import Segmenter
 >>> labels = Segmenter.from_pretrained()("scan.nii.gz")  # a volume of labels with the scan's own geometry
@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from foveal.medical.bag_classifier import BagClassifier, BagPrediction
     from foveal.medical.checkpoints import load_official, systems, to_official
+    from foveal.medical.classify import FilmClassifier
     from foveal.medical.models.ace_lora import ACELoRA, ACELoRAConfig, AdaptedCLIP, label_guided_loss
     from foveal.medical.models.acmil import GatedACMIL, GatedACMILConfig, MultiHeadACMIL, MultiHeadACMILConfig, acmil_loss
     from foveal.medical.models.biomed_clip import BiomedCLIP, BiomedCLIPConfig
+    from foveal.medical.models.clip import CLIP, CLIPConfig
     from foveal.medical.models.guided_attention import GuidedAttentionConfig, GuidedAttentionNet
+    from foveal.medical.models.medusa import Medusa, MedusaConfig
     from foveal.medical.models.mhs_vm import MHSVM, MHSVMConfig
     from foveal.medical.models.rat import RAT, RATConfig
     from foveal.medical.preparation import Preparation
@@ -27,9 +30,12 @@ if TYPE_CHECKING:
     from foveal.medical.slide_encoders import TileEncoder
     from foveal.medical.slides import open_slide
     from foveal.medical.tissue import Tiling
+    from foveal.medical.vision_language import BaseChoice
     from foveal.medical.volumes import Volume, read_volume, write_volume
+    from foveal.medical.zero_shot import ZeroShot
 
 __all__ = [
+    "CLIP",
     "MHSVM",
     "RAT",
     "ACELoRA",
@@ -37,13 +43,18 @@ __all__ = [
     "AdaptedCLIP",
     "BagClassifier",
     "BagPrediction",
+    "BaseChoice",
     "BiomedCLIP",
     "BiomedCLIPConfig",
+    "CLIPConfig",
+    "FilmClassifier",
     "GatedACMIL",
     "GatedACMILConfig",
     "GuidedAttentionConfig",
     "GuidedAttentionNet",
     "MHSVMConfig",
+    "Medusa",
+    "MedusaConfig",
     "MultiHeadACMIL",
     "MultiHeadACMILConfig",
     "Preparation",
@@ -53,6 +64,7 @@ __all__ = [
     "TileEncoder",
     "Tiling",
     "Volume",
+    "ZeroShot",
     "acmil_loss",
     "extract_features",
     "label_guided_loss",
@@ -67,36 +79,43 @@ __all__ = [
 _HOME = {
     "ACELoRA": "models.ace_lora",
     "ACELoRAConfig": "models.ace_lora",
+    "acmil_loss": "models.acmil",
     "AdaptedCLIP": "models.ace_lora",
     "BagClassifier": "bag_classifier",
     "BagPrediction": "bag_classifier",
+    "BaseChoice": "vision_language",
     "BiomedCLIP": "models.biomed_clip",
     "BiomedCLIPConfig": "models.biomed_clip",
+    "CLIP": "models.clip",
+    "CLIPConfig": "models.clip",
+    "extract_features": "slide",
+    "FilmClassifier": "classify",
     "GatedACMIL": "models.acmil",
     "GatedACMILConfig": "models.acmil",
     "GuidedAttentionConfig": "models.guided_attention",
     "GuidedAttentionNet": "models.guided_attention",
+    "label_guided_loss": "models.ace_lora",
+    "load_official": "checkpoints",
+    "Medusa": "models.medusa",
+    "MedusaConfig": "models.medusa",
     "MHSVM": "models.mhs_vm",
     "MHSVMConfig": "models.mhs_vm",
     "MultiHeadACMIL": "models.acmil",
     "MultiHeadACMILConfig": "models.acmil",
+    "open_slide": "slides",
     "Preparation": "preparation",
     "RAT": "models.rat",
     "RATConfig": "models.rat",
+    "read_volume": "volumes",
     "Restorer": "restore",
     "Segmenter": "segment",
+    "systems": "checkpoints",
     "TileEncoder": "slide_encoders",
     "Tiling": "tissue",
-    "Volume": "volumes",
-    "acmil_loss": "models.acmil",
-    "extract_features": "slide",
-    "label_guided_loss": "models.ace_lora",
-    "load_official": "checkpoints",
-    "open_slide": "slides",
-    "read_volume": "volumes",
-    "systems": "checkpoints",
-    "write_volume": "volumes",
     "to_official": "checkpoints",
+    "Volume": "volumes",
+    "write_volume": "volumes",
+    "ZeroShot": "zero_shot",
 }
 
 
