@@ -227,7 +227,7 @@ def test_features_of_another_width_are_refused(checkpoint, tmp_path, capsys):
     [
         ([], "expected --checkpoint with trained ACMIL, or --features-only"),
         (["--features-only", "--encoder", "resnet999"], "expected a torchvision classifier such as resnet18"),
-        (["--features-only", "--encoder", "timm:nothing"], "expected a name of timm"),
+        (["--features-only", "--encoder", "timm/nothing"], "expected a name of timm"),
         (["--features-only", "--encoder-weights", "x.pth"], "expected the network of --encoder-weights"),
         (["--features-only", "--encoder", ENCODER, "--tissue", "2"], "--tissue from 0 to 1"),
     ],
