@@ -1,4 +1,4 @@
-"""``foveal medical``: segmentation, restoration, classification and zero-shot questions, training, the authors' checkpoints."""
+"""``foveal medical``: segmentation, restoration, classification of films and slides, zero-shot questions, training, the authors' checkpoints."""
 
 from __future__ import annotations
 
