@@ -1,4 +1,4 @@
-"""``foveal medical``: segmentation, restoration, classification and zero-shot questions, training, the authors' checkpoints."""
+"""``foveal medical``: segmentation, restoration, classification of images, films and slides, zero-shot questions, training, conversion."""
 
 from __future__ import annotations
 
@@ -99,6 +99,42 @@ def classify(
     raise typer.Exit(
         classify_command(
             films, output=output, checkpoint=checkpoint, device=device, pictures=pictures, overwrite=overwrite, seed=seed, as_json=as_json,
+        )
+    )  # fmt: skip
+
+
+@app.command()
+def slide(
+    slides: Annotated[
+        list[Path],
+        typer.Argument(help="Slides (SVS, NDPI, TIFF, ...), pictures, HDF5 of features, tables of bags (.csv, .parquet); or folders of them."),
+    ],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: slides.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Trained ACMIL: a .safetensors file, or acmil_musk, acmil_ucsb, which know those sets only.")
+    ] = None,
+    encoder: Annotated[str | None, typer.Option(help="Network of tiles: of torchvision (resnet50), timm:NAME, or efficientnet_lite0.")] = None,
+    encoder_weights: Annotated[Path | None, typer.Option(help="Its weights, a local file; without them they are random.")] = None,
+    tile: Annotated[int, typer.Option(help="Side of a tile in pixels.")] = 224,
+    mpp: Annotated[float, typer.Option(help="Micrometres per pixel of tiles: 0.5 is about 20x, 1.0 is 10x.")] = 0.5,
+    slide_mpp: Annotated[float | None, typer.Option(help="Micrometres per pixel of the slides, where the files do not say.")] = None,
+    tissue: Annotated[float, typer.Option(help="Least share of tissue in a tile.")] = 0.25,
+    batch: Annotated[int, typer.Option(help="Tiles that the encoder sees at once.")] = 32,
+    features_only: Annotated[bool, typer.Option("--features-only", help="Extract features (CLAM-style HDF5) and classify nothing.")] = False,
+    pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Draw the attention over each slide.")] = True,
+    device: _Device = "auto",
+    overwrite: _Overwrite = False,
+    seed: _Seed = 0,
+    as_json: _Json = False,
+) -> None:
+    """Classify slides: tissue to tiles, tiles to features, a class and a heat map of each slide; what is done already is kept."""
+    from foveal.medical.slide import slide_command
+
+    raise typer.Exit(
+        slide_command(
+            slides, output=output, checkpoint=checkpoint, encoder=encoder, encoder_weights=encoder_weights, tile=tile, mpp=mpp,
+            slide_mpp=slide_mpp, tissue=tissue, batch=batch, features_only=features_only, pictures=pictures, device=device,
+            overwrite=overwrite, seed=seed, as_json=as_json,
         )
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from foveal.medical.bag_classifier import BagClassifier, BagPrediction
     from foveal.medical.checkpoints import load_official, systems, to_official
     from foveal.medical.classify import FilmClassifier
     from foveal.medical.models.ace_lora import ACELoRA, ACELoRAConfig, AdaptedCLIP, label_guided_loss
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from foveal.medical.preparation import Preparation
     from foveal.medical.restore import Restorer
     from foveal.medical.segment import Segmenter
+    from foveal.medical.slide import extract_features
+    from foveal.medical.slide_encoders import TileEncoder
+    from foveal.medical.slides import open_slide
+    from foveal.medical.tissue import Tiling
     from foveal.medical.vision_language import BaseChoice
     from foveal.medical.volumes import Volume, read_volume, write_volume
     from foveal.medical.zero_shot import ZeroShot
@@ -36,6 +41,8 @@ __all__ = [
     "ACELoRA",
     "ACELoRAConfig",
     "AdaptedCLIP",
+    "BagClassifier",
+    "BagPrediction",
     "BaseChoice",
     "BiomedCLIP",
     "BiomedCLIPConfig",
@@ -54,11 +61,15 @@ __all__ = [
     "RATConfig",
     "Restorer",
     "Segmenter",
+    "TileEncoder",
+    "Tiling",
     "Volume",
     "ZeroShot",
     "acmil_loss",
+    "extract_features",
     "label_guided_loss",
     "load_official",
+    "open_slide",
     "read_volume",
     "systems",
     "to_official",
@@ -68,8 +79,9 @@ __all__ = [
 _HOME = {
     "ACELoRA": "models.ace_lora",
     "ACELoRAConfig": "models.ace_lora",
-    "acmil_loss": "models.acmil",
     "AdaptedCLIP": "models.ace_lora",
+    "BagClassifier": "bag_classifier",
+    "BagPrediction": "bag_classifier",
     "BaseChoice": "vision_language",
     "BiomedCLIP": "models.biomed_clip",
     "BiomedCLIPConfig": "models.biomed_clip",
@@ -80,25 +92,30 @@ _HOME = {
     "GatedACMILConfig": "models.acmil",
     "GuidedAttentionConfig": "models.guided_attention",
     "GuidedAttentionNet": "models.guided_attention",
-    "label_guided_loss": "models.ace_lora",
-    "load_official": "checkpoints",
-    "Medusa": "models.medusa",
-    "MedusaConfig": "models.medusa",
     "MHSVM": "models.mhs_vm",
     "MHSVMConfig": "models.mhs_vm",
+    "Medusa": "models.medusa",
+    "MedusaConfig": "models.medusa",
     "MultiHeadACMIL": "models.acmil",
     "MultiHeadACMILConfig": "models.acmil",
     "Preparation": "preparation",
     "RAT": "models.rat",
     "RATConfig": "models.rat",
-    "read_volume": "volumes",
     "Restorer": "restore",
     "Segmenter": "segment",
+    "TileEncoder": "slide_encoders",
+    "Tiling": "tissue",
+    "Volume": "volumes",
+    "ZeroShot": "zero_shot",
+    "acmil_loss": "models.acmil",
+    "extract_features": "slide",
+    "label_guided_loss": "models.ace_lora",
+    "load_official": "checkpoints",
+    "open_slide": "slides",
+    "read_volume": "volumes",
     "systems": "checkpoints",
     "to_official": "checkpoints",
-    "Volume": "volumes",
     "write_volume": "volumes",
-    "ZeroShot": "zero_shot",
 }
 
 

@@ -6,16 +6,14 @@ are read.
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
-import yaml
 
 from foveal.core.checkpoint import save_weights
-from foveal.core.errors import UserError
-from foveal.core.run_folder import run_of
+from foveal.core.exporting import export_command, read_run
 from foveal.detection.checkpoints.compact import compact
 from foveal.detection.data.labels import read_labels
 from foveal.detection.models.yolov13 import YOLOv13, YOLOv13Config
@@ -33,26 +31,14 @@ def export(checkpoint: str | Path, target: str | Path, card: str | None = None, 
     Raises:
         UserError: not a checkpoint in a run's folder, or of another network.
     """
-    run = run_of(checkpoint)
-    if run is None:
-        raise UserError(f"expected a checkpoint in the checkpoints folder of a run, beside its config.yaml; got {checkpoint}")
-    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    config = YOLOv13Config(**settings["model"]["init_args"]["config"])
-    data = settings["data"]["init_args"]
+    run = read_run(checkpoint)
+    config, data = YOLOv13Config(**run.settings["model"]["init_args"]["config"]), run.settings["data"]["init_args"]
     labels = read_labels(data["source"] or data["train"], data["train"], images=data.get("images"), names=data.get("names"))
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    state = {key.removeprefix("network."): value for key, value in saved["state_dict"].items() if key.startswith("network.")}
     network = YOLOv13(config)
-    network.load_state_dict(state)
-    metadata = {"names": json.dumps(labels.names), "image_size": str(data["image_size"]), "steps": str(saved["global_step"])}
+    network.load_state_dict(run.weights)
+    metadata = {"names": json.dumps(labels.names), "image_size": str(data["image_size"]), "steps": str(run.steps)}
     return save_weights(target, compact(network), system="yolov13", config=config, card=card, dtype=dtype, metadata=metadata)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write the trained network of a run as safetensors, in half precision.")
-    parser.add_argument("checkpoint", type=Path, help="last.ckpt or best.ckpt in a run's folder")
-    parser.add_argument("target", type=Path, help="file to write, ending in .safetensors")
-    parser.add_argument("--card", type=Path, help="Markdown file to put beside it")
-    arguments = parser.parse_args()
-    text = None if arguments.card is None else arguments.card.read_text(encoding="utf-8")
-    print(export(arguments.checkpoint, arguments.target, text))
+    sys.exit(export_command(export, "Write the trained network of a run as safetensors, in half precision."))
