@@ -184,12 +184,13 @@ def zero_shot_command(
     if said is not None and not images:
         raise UserError("expected images to classify: files or folders before --prompts")
     places, cases = (collect_films(images), []) if said is not None else ([], _pairs_of(pairs))
-    folder, report = output_folder(output or Path("zero_shot"), overwrite=True), BatchReport()
+    folder, report = output or Path("zero_shot"), BatchReport()
     target = folder / (TABLE if said is not None else RETRIEVAL)
     if target.exists() and not overwrite:  # the model, which may be large, is not even read
         report.kept(target, [str(target)])
         return report.finish(as_json)
     asked = ZeroShot.from_pretrained(BaseChoice(base, tokenizer), adapter, device)
+    output_folder(folder, overwrite=True)
     note = "the base model is random: its answers mean nothing" if base.startswith("random:") else ""
     if said is not None:
         _classify(asked, places, said, target, report, note)
