@@ -95,6 +95,7 @@ def test_a_released_file_is_read_without_its_classes(state: dict[str, torch.Tens
     """The authors' ``.pt`` is a pickled network of classes of ``models.yolo``, in half precision, inside a training checkpoint."""
     module = types.ModuleType("models.yolo")
     module.Model = kind = type("Model", (torch.nn.Module,), {"__module__": module.__name__})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "models", types.ModuleType("models"))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     root = kind()
     for key, value in state.items():

@@ -8,15 +8,61 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from foveal.core.checkpoint import save_weights
+from foveal.core.errors import UserError
 from foveal.core.exporting import export_command, read_run
 from foveal.detection.checkpoints.compact import compact
 from foveal.detection.data.labels import read_labels
+from foveal.detection.data.scenes import scene_folder
+from foveal.detection.models.bevanet import BEVANet, BEVANetConfig
+from foveal.detection.models.direct_mhp import DirectMHP, DirectMHPConfig
 from foveal.detection.models.yolov13 import YOLOv13, YOLOv13Config
+
+
+class _Trained(NamedTuple):
+    """What a file of weights holds."""
+
+    system: str
+    config: Any
+    state: Mapping[str, Tensor]
+    metadata: dict[str, str]
+
+
+def _detector(config: dict[str, Any], data: dict[str, Any], state: dict[str, Tensor]) -> _Trained:
+    labels = read_labels(data["source"] or data["train"], data["train"], images=data.get("images"), names=data.get("names"))
+    network = YOLOv13(YOLOv13Config(**config))
+    network.load_state_dict(state)
+    return _Trained("yolov13", network.config, compact(network), {"names": json.dumps(labels.names), "image_size": str(data["image_size"])})
+
+
+def _segmenter(config: dict[str, Any], data: dict[str, Any], state: dict[str, Tensor]) -> _Trained:
+    """Without the heads that only training needs."""
+    kind = scene_folder(data["source"], data["layout"], data["names"])
+    network = BEVANet(replace(BEVANetConfig(**config), auxiliary=False))
+    own = network.state_dict()
+    network.load_state_dict({key: value for key, value in state.items() if key in own})
+    return _Trained("bevanet", network.config, network.state_dict(), {"names": json.dumps(kind.names), "colours": json.dumps(kind.colours)})
+
+
+def _head_poser(config: dict[str, Any], data: dict[str, Any], state: dict[str, Tensor]) -> _Trained:
+    network = DirectMHP(DirectMHPConfig(**config))
+    network.load_state_dict(state)
+    return _Trained("direct_mhp", network.config, network.state_dict(), {"image_size": str(data["image_size"])})
+
+
+_KINDS: dict[str, Callable[[dict[str, Any], dict[str, Any], dict[str, Tensor]], _Trained]] = {
+    "DetectionTask": _detector,
+    "SegmentationTask": _segmenter,
+    "HeadPoseTask": _head_poser,
+}
 
 
 def export(checkpoint: str | Path, target: str | Path, card: str | None = None, dtype: torch.dtype = torch.float16) -> Path:
@@ -32,12 +78,11 @@ def export(checkpoint: str | Path, target: str | Path, card: str | None = None, 
         UserError: not a checkpoint in a run's folder, or of another network.
     """
     run = read_run(checkpoint)
-    config, data = YOLOv13Config(**run.settings["model"]["init_args"]["config"]), run.settings["data"]["init_args"]
-    labels = read_labels(data["source"] or data["train"], data["train"], images=data.get("images"), names=data.get("names"))
-    network = YOLOv13(config)
-    network.load_state_dict(run.weights)
-    metadata = {"names": json.dumps(labels.names), "image_size": str(data["image_size"]), "steps": str(run.steps)}
-    return save_weights(target, compact(network), system="yolov13", config=config, card=card, dtype=dtype, metadata=metadata)
+    if run.task not in _KINDS:
+        raise UserError(f"expected a run of {', '.join(_KINDS)}; {run.folder} is one of {run.task}, whose weights are used from its checkpoint")
+    trained = _KINDS[run.task](run.settings["model"]["init_args"]["config"], run.settings["data"]["init_args"], run.weights)
+    metadata = {**trained.metadata, "steps": str(run.steps)}
+    return save_weights(target, trained.state, system=trained.system, config=trained.config, card=card, dtype=dtype, metadata=metadata)
 
 
 if __name__ == "__main__":
