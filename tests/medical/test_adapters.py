@@ -265,6 +265,11 @@ def test_the_command_classifies_and_measures_retrieval_with_a_base_on_disk(tiny_
     assert (good["state"], bad["state"]) == ("done", "failed")
     assert good["numbers"]["pneumonia"] + good["numbers"]["no finding"] == pytest.approx(1.0)
     assert (out / "zero_shot.csv").read_text().startswith("film,likeliest,pneumonia,no finding\n")
+    truth = ["--truth", str(table), "--overwrite"]
+    (tmp_path / "names.txt").write_text("pneumonia\nnone\n")
+    assert run([*shared, *(str(tmp_path / f"film{n}.png") for n in range(4)), "--prompts", str(tmp_path / "names.txt"), *truth]) == 0
+    assert json.loads(capsys.readouterr().out)["files"][-1]["source"] == "4 films of known class"
+    assert json.loads((out / "zero_shot.json").read_text())["films"] == 4
     assert run([*shared, "--pairs", str(table)]) == 0
     (entry,) = json.loads(capsys.readouterr().out)["files"]
     assert 0 <= entry["numbers"]["image to text R@5"] <= 1

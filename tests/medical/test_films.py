@@ -363,6 +363,16 @@ def test_the_command_goes_on_past_a_bad_film_and_keeps_what_is_there(classifier,
     states = [entry["state"] for entry in json.loads(capsys.readouterr().out)["files"]]
     assert sorted(states) == ["failed", "failed", "kept", "kept"]
     assert len(pd.read_csv(out / "probabilities.csv")) == 2
+    (tmp_path / "truth.csv").write_text(f"file,label\n{films / 'a.png'},well\n{films / 'b.dcm'},sick\n")
+    assert run([*command, "--json", "--truth", str(tmp_path / "truth.csv")]) == 2
+    scores = json.loads((out / "scores.json").read_text())
+    likeliest = pd.read_csv(out / "probabilities.csv").set_index("film")["likeliest"]
+    right = [likeliest[str(films / "a.png")] == "well", likeliest[str(films / "b.dcm")] == "sick"]
+    assert (scores["films"], scores["accuracy"]) == (2, np.mean(right))
+    capsys.readouterr()
+    (tmp_path / "truth.csv").write_text(f"file,label\n{films / 'a.png'},ill\n")
+    assert run([*command, "--truth", str(tmp_path / "truth.csv")]) == 2
+    assert "expected classes well, sick in" in capsys.readouterr().err
     assert run(command[:3]) == 2
     assert "no weights of MEDUSA exist" in capsys.readouterr().err
 

@@ -22,6 +22,7 @@ from foveal.core.files import atomic_write, output_folder
 from foveal.core.reports import BatchReport
 from foveal.medical.checkpoints import load_official, model_from_weights
 from foveal.medical.data.image_texts import PairCase, find_pairs
+from foveal.medical.film_truth import report_scores, truth_of
 from foveal.medical.films import Film, collect_films, film_from_array, read_film
 from foveal.medical.models.ace_lora import ACELoRA, ACELoRAConfig, AdaptedCLIP
 from foveal.medical.retrieval_metrics import ranks, recalls, same_text
@@ -172,18 +173,19 @@ def _film(image: Any) -> Film:
 
 def zero_shot_command(
     images: Sequence[Path], *, prompts: Path | None, pairs: Path | None, output: Path | None, base: str, tokenizer: str | None, adapter: Path | None,
-    device: str = "auto", overwrite: bool = False, seed: int = 0, as_json: bool = False,
+    truth: Path | None = None, device: str = "auto", overwrite: bool = False, seed: int = 0, as_json: bool = False,
 ) -> int:  # fmt: skip
     """Classify images by sentences, or measure retrieval on a table of pairs. Returns the exit code."""
     torch.manual_seed(seed)
     if (prompts is None) == (pairs is None):
         raise UserError("expected one of --prompts FILE, to classify images, and --pairs TABLE, to find texts for images and images for texts")
-    if pairs is not None and images:
-        raise UserError("expected no images beside --pairs: its table names them")
+    if pairs is not None and (images or truth is not None):
+        raise UserError("expected neither images nor --truth beside --pairs: its table names them")
     said = None if prompts is None else read_prompts(prompts)
     if said is not None and not images:
         raise UserError("expected images to classify: files or folders before --prompts")
     places, cases = (collect_films(images), []) if said is not None else ([], _pairs_of(pairs))
+    labels = None if truth is None or said is None else truth_of(truth, places, list(said))
     folder, report = output or Path("zero_shot"), BatchReport()
     target = folder / (TABLE if said is not None else RETRIEVAL)
     if target.exists() and not overwrite:  # the model, which may be large, is not even read
@@ -193,7 +195,9 @@ def zero_shot_command(
     output_folder(folder, overwrite=True)
     note = "the base model is random: its answers mean nothing" if base.startswith("random:") else ""
     if said is not None:
-        _classify(asked, places, said, target, report, note)
+        shares = _classify(asked, places, said, target, report, note)
+        if labels is not None:
+            report_scores(report, shares, labels, list(said), target.with_suffix(".json"))
         return report.finish(as_json, {"seconds": ".1f"} | dict.fromkeys(said, ".3f"))
     with report.item(str(pairs)) as entry:
         found = _retrieve(asked, cases, target)
@@ -218,13 +222,15 @@ def _classify(asked: ZeroShot, places: Sequence[Path], prompts: Mapping[str, Seq
             started = time.perf_counter()
             shares = asked.likeness(asked.image_vectors([place]), classes, names)
             likeliest = max(shares, key=lambda name: shares[name])
-            rows.append({"film": str(place), "likeliest": likeliest, **shares})
+            found[place] = shares
             entry.numbers |= {**shares, "seconds": time.perf_counter() - started}
             entry.message = "; ".join(part for part in (likeliest, note) if part)
             entry.outputs.append(str(target))
-    if rows:
+    if found:
+        rows = [{"film": str(place), "likeliest": max(shares, key=lambda name: shares[name]), **shares} for place, shares in found.items()]
         with atomic_write(target) as temporary:
             pd.DataFrame(rows).to_csv(temporary, index=False, float_format="%.6f")
+    return found
 
 
 def _retrieve(asked: ZeroShot, cases: Sequence[PairCase], target: Path) -> dict[str, float]:
