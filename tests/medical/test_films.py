@@ -25,6 +25,7 @@ from foveal.medical.classify import FilmClassifier
 from foveal.medical.data.film_tables import FilmCase, find_films
 from foveal.medical.data.films import FilmAugmentation, FilmFolders, Films, split_by_patient
 from foveal.medical.film_net import FilmNet, FilmNetConfig
+from foveal.medical.film_plots import film_attention_figure
 from foveal.medical.films import Film, FilmPreparation, collect_films, film_from_array, read_film
 from foveal.medical.models.medusa import Medusa, MedusaConfig
 
@@ -326,6 +327,16 @@ def test_a_backbone_starts_from_a_file_of_other_classes(tmp_path):
 def classifier() -> FilmClassifier:
     torch.manual_seed(0)
     return FilmClassifier(FilmNet(TINY), FilmPreparation(size=32), ("well", "sick"), "cpu")
+
+
+def test_attention_that_is_nearly_even_is_not_drawn_as_a_finding():
+    maps = {"even": np.linspace(0.5, 0.51, 16).reshape(4, 4), "uneven": np.linspace(0.1, 0.9, 16).reshape(4, 4)}
+    figure = film_attention_figure(rendered(False, 0) / 255, maps, {"well": 0.3, "sick": 0.7})
+    _, even, uneven, _ = figure.axes
+    assert even.images[1].get_clim() == pytest.approx((0.455, 0.555))
+    assert uneven.images[1].get_clim() == pytest.approx((0.1, 0.9))
+    assert even.get_title() == "even: 0.500 to 0.510, even"
+    assert even.images[0].get_extent() == even.images[1].get_extent(), "the map lies on the film"
 
 
 def test_weights_keep_what_a_users_film_needs(classifier, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Float
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from foveal.core.checkpoint import load_weights, save_weights
@@ -143,7 +146,8 @@ def classify_command(
     folder = output_folder(output or Path("classified"), overwrite=True)
     known = _known(folder / TABLE, classifier.class_names)
     report = BatchReport()
-    for place, name in zip(places, names_of(places), strict=True):
+    named = list(zip(places, names_of(places), strict=True))
+    for place, name in track(named, "classifying", console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()):
         target = folder / f"{name}_attention.png"
         if str(place) in known and not overwrite and (not pictures or target.exists()):
             report.kept(place, [str(folder / TABLE), *([str(target)] if target.exists() else [])])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,6 +14,8 @@ import pandas as pd
 import torch
 import yaml
 from jaxtyping import Float
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from foveal.core.checkpoint import load_weights
@@ -217,7 +220,7 @@ def _pairs_of(table: Path | None) -> list[PairCase]:
 
 def _classify(asked: ZeroShot, places: Sequence[Path], prompts: Mapping[str, Sequence[str]], target: Path, report: BatchReport, note: str) -> None:
     classes, names, rows = asked.class_vectors(prompts), list(prompts), []
-    for place in places:
+    for place in track(places, "classifying", console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()):
         with report.item(place) as entry:
             started = time.perf_counter()
             shares = asked.likeness(asked.image_vectors([place]), classes, names)
