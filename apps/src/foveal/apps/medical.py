@@ -1,4 +1,4 @@
-"""``foveal medical``: segmentation, restoration, classification of images, films and slides, zero-shot questions, training, conversion."""
+"""``foveal medical``: segmentation, restoration, classification of films and slides, zero-shot questions, training, the authors' checkpoints."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def slide(
     checkpoint: Annotated[
         str | None, typer.Option(help="Trained ACMIL: a .safetensors file, or acmil_musk, acmil_ucsb, which know those sets only.")
     ] = None,
-    encoder: Annotated[str | None, typer.Option(help="Network of tiles: of torchvision (resnet50), timm:NAME, or efficientnet_lite0.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Network of tiles: of torchvision (resnet50), timm/NAME, or efficientnet_lite0.")] = None,
     encoder_weights: Annotated[Path | None, typer.Option(help="Its weights, a local file; without them they are random.")] = None,
     tile: Annotated[int, typer.Option(help="Side of a tile in pixels.")] = 224,
     mpp: Annotated[float, typer.Option(help="Micrometres per pixel of tiles: 0.5 is about 20x, 1.0 is 10x.")] = 0.5,

@@ -500,7 +500,7 @@ class EquiformerV3(nn.Module):
         if len(distance) and not bool((distance > 1e-4).all()):
             edge = int((~(distance > 1e-4)).nonzero()[0])
             raise ValueError(
-                f"atoms {int(source[edge])} and {int(target[edge])} are {float(distance[edge]):.1g} A apart; expected finite positions that differ"
+                f"atoms {int(source[edge])} and {int(target[edge])} are {distance[edge].item():.1g} A apart; expected finite positions that differ"
             )
         frames = edge_frames(vectors / distance.unsqueeze(1), config.lmax, config.mmax, config.snap_axis and not config.direct)
         radial = gaussian_basis(distance, config.cutoff, config.radial)
