@@ -23,9 +23,8 @@ from foveal.core.files import atomic_write, output_folder
 from foveal.core.reports import BatchReport
 from foveal.medical.film_net import FilmNet, FilmNetConfig
 from foveal.medical.film_plots import film_attention_figure
-from foveal.medical.film_truth import report_scores, truth_of
 from foveal.medical.films import Film, FilmPreparation, collect_films, film_from_array, read_film
-from foveal.medical.segment import names_of
+from foveal.medical.volumes import names_of
 
 TABLE = "probabilities.csv"
 
@@ -142,7 +141,11 @@ def classify_command(
         )
     places = collect_films(films)
     classifier = FilmClassifier.from_pretrained(checkpoint, device)
-    labels = None if truth is None else truth_of(truth, places, classifier.class_names)
+    labels = None
+    if truth is not None:
+        from foveal.medical.film_truth import report_scores, truth_of  # torchmetrics takes seconds to import
+
+        labels = truth_of(truth, places, classifier.class_names)
     folder = output_folder(output or Path("classified"), overwrite=True)
     known = _known(folder / TABLE, classifier.class_names)
     report = BatchReport()

@@ -25,7 +25,6 @@ from foveal.core.files import atomic_write, output_folder
 from foveal.core.reports import BatchReport
 from foveal.medical.checkpoints import load_official, model_from_weights
 from foveal.medical.data.image_texts import PairCase, find_pairs
-from foveal.medical.film_truth import report_scores, truth_of
 from foveal.medical.films import Film, collect_films, film_from_array, read_film
 from foveal.medical.models.ace_lora import ACELoRA, ACELoRAConfig, AdaptedCLIP
 from foveal.medical.retrieval_metrics import ranks, recalls, same_text
@@ -188,7 +187,11 @@ def zero_shot_command(
     if said is not None and not images:
         raise UserError("expected images to classify: files or folders before --prompts")
     places, cases = (collect_films(images), []) if said is not None else ([], _pairs_of(pairs))
-    labels = None if truth is None or said is None else truth_of(truth, places, list(said))
+    labels = None
+    if truth is not None and said is not None:
+        from foveal.medical.film_truth import report_scores, truth_of  # torchmetrics takes seconds to import
+
+        labels = truth_of(truth, places, list(said))
     folder, report = output or Path("zero_shot"), BatchReport()
     target = folder / (TABLE if said is not None else RETRIEVAL)
     if target.exists() and not overwrite:  # the model, which may be large, is not even read
@@ -218,22 +221,28 @@ def _pairs_of(table: Path | None) -> list[PairCase]:
     return cases
 
 
-def _classify(asked: ZeroShot, places: Sequence[Path], prompts: Mapping[str, Sequence[str]], target: Path, report: BatchReport, note: str) -> None:
-    classes, names, rows = asked.class_vectors(prompts), list(prompts), []
+def _classify(
+    asked: ZeroShot, places: Sequence[Path], prompts: Mapping[str, Sequence[str]], target: Path, report: BatchReport, note: str
+) -> dict[Path, dict[str, float]]:
+    """Probabilities of every image that could be read, also as a table."""
+    classes, names = asked.class_vectors(prompts), list(prompts)
+    found: dict[Path, dict[str, float]] = {}
     for place in track(places, "classifying", console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()):
         with report.item(place) as entry:
             started = time.perf_counter()
-            shares = asked.likeness(asked.image_vectors([place]), classes, names)
-            likeliest = max(shares, key=lambda name: shares[name])
-            found[place] = shares
+            found[place] = shares = asked.likeness(asked.image_vectors([place]), classes, names)
             entry.numbers |= {**shares, "seconds": time.perf_counter() - started}
-            entry.message = "; ".join(part for part in (likeliest, note) if part)
+            entry.message = "; ".join(part for part in (_likeliest(shares), note) if part)
             entry.outputs.append(str(target))
     if found:
-        rows = [{"film": str(place), "likeliest": max(shares, key=lambda name: shares[name]), **shares} for place, shares in found.items()]
+        rows = [{"film": str(place), "likeliest": _likeliest(shares), **shares} for place, shares in found.items()]
         with atomic_write(target) as temporary:
             pd.DataFrame(rows).to_csv(temporary, index=False, float_format="%.6f")
     return found
+
+
+def _likeliest(shares: Mapping[str, float]) -> str:
+    return max(shares, key=lambda name: shares[name])
 
 
 def _retrieve(asked: ZeroShot, cases: Sequence[PairCase], target: Path) -> dict[str, float]:
