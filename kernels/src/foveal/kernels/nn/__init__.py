@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from foveal.kernels.nn.agent import AgentAttention
     from foveal.kernels.nn.attention import KVCache, MultiHeadAttention
     from foveal.kernels.nn.channel import ECA, ELA, ULSAM, GaussianAdaptiveAttention
+    from foveal.kernels.nn.convolution import ActivatedConv2d, ConvolutionChain
     from foveal.kernels.nn.differential import DifferentialAttention, GroupedDifferentialAttention
     from foveal.kernels.nn.gated import GatedAttention, MixtureOfHeads
     from foveal.kernels.nn.hyperedge import HyperedgeAttention
@@ -33,9 +34,11 @@ __all__ = [
     "ECA",
     "ELA",
     "ULSAM",
+    "ActivatedConv2d",
     "AffineScaledAttention",
     "AgentAttention",
     "AreaAttention",
+    "ConvolutionChain",
     "DifferentialAttention",
     "FlowAttention",
     "GatedAttention",
@@ -70,6 +73,7 @@ _MODULES = {
     "agent": ("AgentAttention",),
     "attention": ("KVCache", "MultiHeadAttention"),
     "channel": ("ECA", "ELA", "ULSAM", "GaussianAdaptiveAttention"),
+    "convolution": ("ActivatedConv2d", "ConvolutionChain"),
     "differential": ("DifferentialAttention", "GroupedDifferentialAttention"),
     "gated": ("GatedAttention", "MixtureOfHeads"),
     "hyperedge": ("HyperedgeAttention",),
