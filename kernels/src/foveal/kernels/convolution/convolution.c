@@ -10,10 +10,13 @@
  * Bias, SiLU and the sum with another map are done on the sums in registers. What one convolution leaves for the next stays in a workspace
  * that the caller keeps from call to call, so that its pages are there and what is read next is often still in the cache.
  *
- * Written with the vector types that gcc and clang have in C, not with intrinsics; on other processors `convolution_serves` says no.
+ * Written with the vector types that gcc and clang have in C; on processors without 512-bit vectors `convolution_serves` says no.
  */
 #include <stdint.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -48,7 +51,6 @@ typedef struct {
 #define WITHIN INLINE FAST
 
 typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t Whole __attribute__((vector_size(64), aligned(4), may_alias));
 
 int convolution_serves(void) {
     __builtin_cpu_init();
@@ -57,15 +59,12 @@ int convolution_serves(void) {
 
 WITHIN Vector all(float x) { return (Vector){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
-WITHIN Vector choose(Whole mask, Vector yes, Vector no) { return (Vector)(((Whole)yes & mask) | ((Whole)no & ~mask)); }
-
-/* x / (1 + e^-x), to three units in the last place; NaN for NaN. e^-x is 2^n times a polynomial on half a unit around zero. */
+/* x / (1 + e^-x), to three units in the last place; NaN for NaN. e^-x is 2^n times a polynomial on half a unit around zero, and the quotient
+ * a first guess of fourteen bits and one step of Newton's. */
 WITHIN Vector silu(Vector x) {
-    Vector t = x * all(-1.44269504f);
-    t = choose(t > all(126.0f), all(126.0f), t);
-    t = choose(t < all(-126.0f), all(-126.0f), t);
-    const Whole n = __builtin_convertvector(t + all(126.5f), Whole) - 126;
-    const Vector f = t - __builtin_convertvector(n, Vector);
+    const __m512 t = _mm512_min_ps(_mm512_set1_ps(126.0f), x * all(-1.44269504f)); /* of a NaN and a number it gives the second */
+    const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Vector f = (Vector)t - (Vector)n;
     Vector p = all(1.5403530e-04f);
     p = p * f + all(1.3333558e-03f);
     p = p * f + all(9.6181291e-03f);
@@ -73,7 +72,9 @@ WITHIN Vector silu(Vector x) {
     p = p * f + all(2.4022651e-01f);
     p = p * f + all(6.9314718e-01f);
     p = p * f + all(1.0f);
-    return x / (all(1.0f) + (Vector)((Whole)p + (n << 23)));
+    const Vector below = all(1.0f) + (Vector)_mm512_scalef_ps(p, n);
+    const Vector guess = _mm512_rcp14_ps(below);
+    return x * (guess * (all(2.0f) - below * guess));
 }
 
 /* A step with its maps found in memory. */
@@ -118,41 +119,43 @@ WITHIN void copy(float *restrict to, const float *restrict from, int64_t count) 
     if (count & 1) *to = *from;
 }
 
-/* Put `count` numbers, zeros where `from` is NULL, at place k of one pixel of a tile: (block of 64, pixel, 64). Returns k + count. */
-WITHIN int64_t put(float *restrict tile, int64_t k, const float *from, int64_t count) {
-    while (count > 0) {
+/* Where a tile's pixels read: image, top row and left column of each. */
+typedef struct {
+    int64_t image[PIXELS], top[PIXELS], left[PIXELS];
+} Corners;
+
+/* Put `count` numbers of each pixel, zeros where `from` is NULL, at place k of a tile: (block of 64, pixel, 64). Returns k + count. */
+WITHIN int64_t put(float *restrict tile, int64_t k, const float *const *from, int64_t count) {
+    for (int64_t done = 0, now; done < count; done += now, k += now) {
         float *restrict to = tile + (k / BLOCK) * (PIXELS * BLOCK) + k % BLOCK;
-        const int64_t now = MIN(count, BLOCK - k % BLOCK);
-        if (from) {
-            copy(to, from, now);
-            from += now;
-        } else
-            memset(to, 0, sizeof(float) * now);
-        k += now;
-        count -= now;
+        now = MIN(count - done, BLOCK - k % BLOCK);
+        for (int i = 0; i < PIXELS; i++, to += BLOCK)
+            if (from[i])
+                copy(to, from[i] + done, now);
+            else
+                memset(to, 0, sizeof(float) * now);
     }
     return k;
 }
 
-/* What one pixel reads. `adjacent`: one map whose pixels follow each other in memory, so that a row of the kernel is one piece. */
-WITHIN void gather(const Work *w, float *restrict tile, int64_t image, int64_t y, int64_t x, int adjacent) {
+/* What the pixels of a tile read. `adjacent`: one map whose pixels follow each other in memory, so that a row of the kernel is one piece. */
+WITHIN void gather(const Work *w, float *restrict tile, const Corners *corners, int adjacent) {
     const Step *s = w->step;
-    const int64_t top = y * s->step - s->kernel_height / 2, left = x * s->step - s->kernel_width / 2;
-    const int whole = adjacent && left >= 0 && left + s->kernel_width <= s->width;
+    int whole = adjacent;
+    for (int i = 0; i < PIXELS; i++) whole &= corners->left[i] >= 0 && corners->left[i] + s->kernel_width <= s->width;
+    const float *from[PIXELS];
     int64_t k = 0;
-    for (int64_t row = top; row < top + s->kernel_height; row++) {
-        const int inside = row >= 0 && row < s->height;
-        if (whole || !inside) {
-            k = put(tile, k, inside ? at(w->part[0], s->part, image, row, left) : NULL, s->kernel_width * s->inputs);
-            continue;
-        }
-        for (int64_t column = left; column < left + s->kernel_width; column++) {
-            if (column < 0 || column >= s->width)
-                k = put(tile, k, NULL, s->inputs);
-            else
-                for (int64_t m = 0; m < s->parts; m++) k = put(tile, k, at(w->part[m], s->part + m, image, row, column), s->part[m].channels);
-        }
-    }
+    for (int64_t row = 0; row < s->kernel_height; row++)
+        for (int64_t column = 0; column < (whole ? 1 : s->kernel_width); column++)
+            for (int64_t m = 0; m < s->parts; m++) {
+                const Map map = s->part[m];
+                for (int i = 0; i < PIXELS; i++) {
+                    const int64_t y = corners->top[i] + row, x = corners->left[i] + column;
+                    const int inside = y >= 0 && y < s->height && x >= 0 && x < s->width;
+                    from[i] = inside ? at(w->part[m], &map, corners->image[i], y, x) : NULL;
+                }
+                k = put(tile, k, from, whole ? s->kernel_width * s->inputs : map.channels);
+            }
 }
 
 /* Sums of a tile's 14 pixels in WIDTH times 16 output channels, over `runs` runs of `length` numbers that begin `apart` numbers from each
@@ -188,14 +191,18 @@ static FAST void dense_pixels(const Work *w, int64_t start, int64_t count, float
     const int64_t outputs = s->outputs / s->groups, blocks = (outputs + LANES - 1) / LANES, terms = taps * inputs;
     const int64_t runs = s->groups == 1 ? 1 : taps, length = s->groups == 1 ? terms : inputs;
     const int adjacent = s->parts == 1 && !s->part[0].half && s->part[0].stride[2] == s->inputs;
-    int64_t image = start / area, y = start % area / s->out_width, x = start % s->out_width;
-    const int64_t first_image = image, first_y = y, first_x = x;
-    for (int64_t n = 0; n < tiles * PIXELS; n++) { /* places past the end read the last pixel again, and are not written */
-        gather(w, scratch + n / PIXELS * tile_size + n % PIXELS * BLOCK, image, y, x, adjacent);
-        if (n < count - 1 && ++x == s->out_width) {
-            x = 0;
-            if (++y == s->out_height) y = 0, image++;
+    const int64_t first_image = start / area, first_y = start % area / s->out_width, first_x = start % s->out_width;
+    int64_t image = first_image, y = first_y, x = first_x;
+    for (int64_t t = 0; t < tiles; t++) {
+        Corners corners;
+        for (int64_t i = 0; i < PIXELS; i++) { /* places past the end read the last pixel again, and are not written */
+            corners.image[i] = image, corners.top[i] = y * s->step - s->kernel_height / 2, corners.left[i] = x * s->step - s->kernel_width / 2;
+            if (t * PIXELS + i < count - 1 && ++x == s->out_width) {
+                x = 0;
+                if (++y == s->out_height) y = 0, image++;
+            }
         }
+        gather(w, scratch + t * tile_size, &corners, adjacent);
     }
     Vector sums[PIXELS * 2];
     for (int64_t group = 0; group < s->groups; group++)

@@ -108,7 +108,7 @@ def plan(
     batch, inside = inputs[0].shape[0], len(inputs) + len(outputs)
     last = {place.value: number for number, step in enumerate(steps) for place in (*step.parts, *([step.added] if step.added else []))}
     live: list[tuple[int, int, int]] = []  # beginning, end, last step that reads it
-    packed, workspace, share, sizes = [], 0, 0, []
+    packed, workspace, share = [], 0, 0
     # Of each map that leaves: its output, first channel there, and all channels of it.
     leaving: dict[int, tuple[int, int, int]] = {}
     for position, group in enumerate(outputs):
@@ -153,9 +153,8 @@ def plan(
             step.activated, step.early, tiles, weight.data_ptr(), 0 if bias is None else bias.data_ptr(), base, offset, stride, step.scale, *added,
             *parts, *_NO_MAP * (PARTS - len(step.parts)),
         ))  # fmt: skip
-    for group in outputs:
-        sizes.append((batch, *maps[group[0]][4], leaving[group[0]][2]))
-    return Plan(b"".join(packed), tuple(sizes), workspace, share)
+    sizes = tuple((batch, *maps[group[0]][4], leaving[group[0]][2]) for group in outputs)
+    return Plan(b"".join(packed), sizes, workspace, share)
 
 
 _memory = threading.local()

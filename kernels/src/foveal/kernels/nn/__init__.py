@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from foveal.kernels.nn.agent import AgentAttention
     from foveal.kernels.nn.attention import KVCache, MultiHeadAttention
     from foveal.kernels.nn.channel import ECA, ELA, ULSAM, GaussianAdaptiveAttention
-    from foveal.kernels.nn.convolution import ActivatedConv2d, ConvolutionChain
     from foveal.kernels.nn.differential import DifferentialAttention, GroupedDifferentialAttention
     from foveal.kernels.nn.gated import GatedAttention, MixtureOfHeads
     from foveal.kernels.nn.hyperedge import HyperedgeAttention
@@ -34,11 +33,9 @@ __all__ = [
     "ECA",
     "ELA",
     "ULSAM",
-    "ActivatedConv2d",
     "AffineScaledAttention",
     "AgentAttention",
     "AreaAttention",
-    "ConvolutionChain",
     "DifferentialAttention",
     "FlowAttention",
     "GatedAttention",
@@ -73,7 +70,6 @@ _MODULES = {
     "agent": ("AgentAttention",),
     "attention": ("KVCache", "MultiHeadAttention"),
     "channel": ("ECA", "ELA", "ULSAM", "GaussianAdaptiveAttention"),
-    "convolution": ("ActivatedConv2d", "ConvolutionChain"),
     "differential": ("DifferentialAttention", "GroupedDifferentialAttention"),
     "gated": ("GatedAttention", "MixtureOfHeads"),
     "hyperedge": ("HyperedgeAttention",),

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveal.kernels import attention
-from foveal.kernels.nn.convolution import join
+from foveal.kernels.convolution import join
 
 #: Channels of one attention head of the network.
 HEAD_DIM = 32

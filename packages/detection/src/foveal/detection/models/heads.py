@@ -123,7 +123,7 @@ class Detect(nn.Module):
         boxes = torch.cat([x[..., : 4 * BINS] for x in rows], 1).unflatten(2, (4, BINS))
         scores = torch.cat([x[..., 4 * BINS :] for x in rows], 1)
         centres, strides = anchor_points([(x.shape[2], x.shape[3]) for x in maps], boxes)
-        return (boxes.softmax(3) @ self.bins.to(boxes.dtype)).mT, scores.mT, centres, strides
+        return (boxes.softmax(3) @ self.bins.to(boxes.dtype)).transpose(1, 2), scores.transpose(1, 2), centres, strides
 
     def decode(self, raw: RawPrediction) -> Prediction:
         """Pixels and probabilities."""

@@ -25,8 +25,8 @@ from foveal.detection.models.blocks import AreaBlock, AreaStage, ConvNorm, DSBot
 from foveal.detection.models.heads import Detect
 from foveal.detection.models.hyperace import C3AH, HyperACE, Tunnel, hyperedge_attention_on_map
 from foveal.detection.models.yolov13 import YOLOv13
-from foveal.kernels.nn import ActivatedConv2d, ConvolutionChain, HyperedgeAttention
-from foveal.kernels.nn.convolution import Place
+from foveal.kernels.convolution import ActivatedConv2d, ConvolutionChain, Place
+from foveal.kernels.nn import HyperedgeAttention
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, activated: bool) -> ActivatedConv2d:

@@ -66,6 +66,8 @@ class ConvolutionChain(nn.Module):
     nothing is joined, doubled or padded in memory, and what stays inside never leaves the cache's reach. Elsewhere its convolutions run one
     by one.
 
+    >>> import torch
+    >>> from foveal.kernels.convolution import ActivatedConv2d, ConvolutionChain
     >>> chain = ConvolutionChain(8)
     >>> both = chain.convolve(chain.inputs, ActivatedConv2d(8, 16, 1))
     >>> left, right = chain.cut(both, 8, 8)
@@ -111,7 +113,12 @@ class ConvolutionChain(nn.Module):
         """
         kernel = (convolution.kernel_size[0], convolution.kernel_size[1])
         plain = tuple(convolution.padding) == (kernel[0] // 2, kernel[1] // 2) and kernel[0] % 2 == kernel[1] % 2 == 1
-        if not plain or convolution.stride[0] != convolution.stride[1] or tuple(convolution.dilation) != (1, 1) or convolution.padding_mode != "zeros":
+        if (
+            not plain
+            or convolution.stride[0] != convolution.stride[1]
+            or tuple(convolution.dilation) != (1, 1)
+            or convolution.padding_mode != "zeros"
+        ):
             raise ValueError(f"a convolution of a chain has an odd kernel, zeros of half of it around, one stride and no dilation; got {convolution}")
         read = sum(place.channels for place in parts)
         if read != convolution.in_channels or len(parts) > cpu.PARTS or (added and added.channels != convolution.out_channels):
@@ -119,9 +126,8 @@ class ConvolutionChain(nn.Module):
                 f"{convolution} reads up to {cpu.PARTS} maps of {convolution.in_channels} channels together, and adds one of "
                 f"{convolution.out_channels}; got {[place.channels for place in parts]} and {None if added is None else added.channels}"
             )
-        self.steps.append(
-            Step(tuple(parts), added, convolution.out_channels, kernel, convolution.stride[0], convolution.groups, convolution.activated, scale, early)
-        )
+        stride, groups = convolution.stride[0], convolution.groups
+        self.steps.append(Step(tuple(parts), added, convolution.out_channels, kernel, stride, groups, convolution.activated, scale, early))
         self.convolutions.append(convolution)
         return Place(len(self.inputs) + len(self.steps) - 1, 0, convolution.out_channels)
 
@@ -214,7 +220,8 @@ class ConvolutionChain(nn.Module):
             read = [sizes[place.value] for place in step.parts]
             largest = (max(height for height, _ in read), max(width for _, width in read))
             out = ((largest[0] - 1) // step.stride + 1, (largest[1] - 1) // step.stride + 1)
-            if any(size not in (largest, (largest[0] / 2, largest[1] / 2)) for size in read) or (step.added and sizes[step.added.value] not in (out, (out[0] / 2, out[1] / 2))):
+            wrong = any(size not in (largest, (largest[0] / 2, largest[1] / 2)) for size in read)
+            if wrong or (step.added and sizes[step.added.value] not in (out, (out[0] / 2, out[1] / 2))):
                 raise ValueError(f"maps side by side must have one size, or half of it, and what is added the output's; got {read}, added to {out}")
             sizes.append(out)
 
