@@ -194,7 +194,7 @@ class ConvolutionChain(nn.Module):
             self._check_sizes(given)
             if not self._packed:
                 with torch.inference_mode(False):
-                    self._packed = [_packed(convolution) for convolution in self.convolutions]
+                    self._packed = [_packed(*both) for both in zip(self.convolutions, self.steps, strict=True)]
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
             plan = self._plans[key] = cpu.plan(given, self.steps, self.outputs, self._packed, threads)
@@ -240,9 +240,9 @@ class ConvolutionChain(nn.Module):
         return {**self.__dict__, "_packed": [], "_plans": {}}
 
 
-def _packed(convolution: Any) -> tuple[Tensor, Tensor | None]:
+def _packed(convolution: Any, step: Step) -> tuple[Tensor, Tensor | None]:
     bias = convolution.bias
-    return cpu.pack(convolution.weight, convolution.groups), None if bias is None else bias.detach().clone()
+    return cpu.pack(convolution.weight, convolution.groups, cpu.kind(step)), None if bias is None else bias.detach().clone()
 
 
 def join(*maps: Tensor) -> Tensor:

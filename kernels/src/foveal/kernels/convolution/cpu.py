@@ -79,9 +79,29 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-def pack(weight: Tensor, groups: int) -> Tensor:
+DENSE, DEPTHWISE, WINOGRAD = range(3)
+#: G of Winograd's F(4, 3): what a kernel's row becomes.
+_WINOGRAD = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6), (1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1))
+
+
+def kind(step: Step) -> int:
+    """The form in which a step is computed."""
+    channels = [place.channels for place in step.parts]
+    if step.groups == sum(channels) == step.outputs and len(channels) == 1:
+        return DEPTHWISE
+    # Narrow maps are not worth the way there and back.
+    wide = all(count % _LANES == 0 for count in channels) and sum(channels) >= 2 * _LANES and step.outputs >= 2 * _LANES
+    return WINOGRAD if wide and step.kernel == (3, 3) and step.stride == step.groups == 1 else DENSE
+
+
+def pack(weight: Tensor, groups: int, form: int) -> Tensor:
     """Weights in the order in which convolution.c reads them: 16 output channels innermost, padded with zeros."""
     outputs, inputs, height, width = weight.shape
+    if form == WINOGRAD:
+        way = torch.tensor(_WINOGRAD, dtype=torch.float64)
+        products = torch.einsum("au,oiuv,bv->aboi", way, weight.detach().double(), way).flatten(0, 1).to(weight.dtype)
+        rows = torch.nn.functional.pad(products, (0, 0, 0, -outputs % _LANES)).unflatten(1, (-1, _LANES))
+        return rows.transpose(2, 3).contiguous()
     apart = 1 if groups == outputs and inputs == 1 else groups
     rows = weight.detach().reshape(apart, outputs // apart, inputs, height, width)
     rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 0, 0, -rows.shape[1] % _LANES)).unflatten(1, (-1, _LANES))
@@ -134,13 +154,17 @@ def plan(
             workspace = max(workspace, live[-1][1])
         maps.append((base, offset, (out_height * out_width * stride, out_width * stride, stride), step.outputs, (out_height, out_width)))
         read = sum(place.channels for place in step.parts)
-        depthwise = step.groups == read == step.outputs and len(step.parts) == 1
-        tile = -(-read * step.kernel[0] * step.kernel[1] // _BLOCK) * _BLOCK * _PIXELS
-        tiles = max(1, min(_TILES, _SCRATCH // tile))
+        form, terms, pixels = kind(step), read * step.kernel[0] * step.kernel[1], batch * out_height * out_width
+        if form == WINOGRAD:
+            terms, pixels = read, batch * -(-out_height // 4) * -(-out_width // 4)
+        tile = -(-terms // _BLOCK) * _BLOCK * _PIXELS
+        if form == WINOGRAD:
+            tile = 36 * (tile + -(-step.outputs // _LANES) * _LANES * _PIXELS)
+        tiles = max(1, min(_TILES, (2 if form == WINOGRAD else 1) * _SCRATCH // tile))
         if threads > 1:  # a few pieces for each
-            tiles = max(1, min(tiles, batch * out_height * out_width // (_PIXELS * 4 * threads)))
+            tiles = max(1, min(tiles, pixels // (_PIXELS * 4 * threads)))
         rows = (_STRIP - 1) * step.stride + step.kernel[0]
-        share = max(share, rows * (width + 2 * (step.kernel[1] // 2)) * _LANES if depthwise else tiles * tile)
+        share = max(share, rows * (width + 2 * (step.kernel[1] // 2)) * _LANES if form == DEPTHWISE else tiles * tile)
 
         def described(place: Place, size: tuple[int, int]) -> tuple[int, ...]:
             base, offset, strides, _, own = maps[place.value]
@@ -149,7 +173,7 @@ def plan(
         parts = [field for place in step.parts for field in described(place, (height, width))]
         added = _NO_MAP if step.added is None else described(step.added, (out_height, out_width))
         packed.append(_STEP.pack(
-            depthwise, batch, height, width, out_height, out_width, read, step.outputs, *step.kernel, step.stride, step.groups, len(step.parts),
+            form, batch, height, width, out_height, out_width, read, step.outputs, *step.kernel, step.stride, step.groups, len(step.parts),
             step.activated, step.early, tiles, weight.data_ptr(), 0 if bias is None else bias.data_ptr(), base, offset, stride, step.scale, *added,
             *parts, *_NO_MAP * (PARTS - len(step.parts)),
         ))  # fmt: skip
