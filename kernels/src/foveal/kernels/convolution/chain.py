@@ -157,7 +157,7 @@ class ConvolutionChain(nn.Module):
         reason: str | None = None
         if any(x.device.type != "cpu" for x in inputs):
             reason = f"it needs tensors on the CPU, these are on {inputs[0].device.type}"
-        elif any(x.dtype != torch.float32 for x in inputs) or self.convolutions[0].weight.dtype != torch.float32:  # type: ignore[union-attr]
+        elif any(x.dtype != torch.float32 for x in inputs) or self.convolutions[0].weight.dtype != torch.float32:
             reason = f"it is float32 only; got {inputs[0].dtype}"
         elif torch.is_grad_enabled() and any(value.requires_grad for value in (*inputs, *self.parameters())):
             reason = "it gives no gradients"
