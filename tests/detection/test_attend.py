@@ -32,13 +32,16 @@ def attending() -> YOLOv13:
 @pytest.mark.parametrize("stage", ["stage2", "stage5", "neck3"])
 def test_a_block_changes_the_answer_keeps_its_shape_and_learns(stage: str, block: str) -> None:
     torch.manual_seed(0)
-    plain = YOLOv13(YOLOv13Config("n", 3)).eval()
-    model = YOLOv13(YOLOv13Config("n", 3, attend={stage: block})).eval()
+    plain = YOLOv13(YOLOv13Config("n", 3))
+    model = YOLOv13(YOLOv13Config("n", 3, attend={stage: block}))
     assert model.load_state_dict(plain.state_dict(), strict=False).unexpected_keys == []
-    image = torch.rand(1, 3, 64, 96)
-    expected, said = plain.levels(image), model.levels(image)
+    image, answers = torch.rand(2, 3, 64, 96), []
+    for network in (plain, model):  # in training, where norms keep what is drawn at random from dying away
+        torch.manual_seed(1)
+        answers.append(network.levels(image))
+    expected, said = answers
     assert [level.shape for level in said] == [level.shape for level in expected]
-    assert not torch.allclose(said[0], expected[0])
+    assert (said[0] - expected[0]).abs().max() > 1e-3
     said[0].square().sum().backward()
     silent = [name for name, parameter in model.attend.named_parameters() if parameter.grad is None or not parameter.grad.any()]
     assert silent == []
