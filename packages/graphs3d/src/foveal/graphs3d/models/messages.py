@@ -31,7 +31,7 @@ def into_frames(
         target: atom that receives, ascending.
         indptr: where the edges of each target begin.
     """
-    return _IntoFrames.apply(_narrowed(frames), _narrowed(x), source, target, indptr)  # type: ignore[no-any-return]
+    return _IntoFrames.apply(_narrowed(frames), _narrowed(x), source, target, indptr)
 
 
 def sum_out_of_frames(
@@ -51,7 +51,7 @@ def sum_out_of_frames(
         indptr: where the edges of each target begin.
     """
     messages = _narrowed(messages)
-    return _SumOutOfFrames.apply(frames.to(messages.dtype), messages, shares.to(messages.dtype), target, indptr)  # type: ignore[no-any-return]
+    return _SumOutOfFrames.apply(frames.to(messages.dtype), messages, shares.to(messages.dtype), target, indptr)
 
 
 def _narrowed(tensor: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class _Rows(torch.autograd.Function):
         return table.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return segment_reduce(grad, ctx.saved_tensors[0], num_nodes=ctx.rows), None
 
 
@@ -86,7 +86,7 @@ class _IntoFrames(torch.autograd.Function):
         return torch.bmm(frames, _pair(x, source, target))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         frames, x, source, target, indptr = ctx.saved_tensors
         to_frames = to_x = None
         if ctx.needs_input_grad[0]:
@@ -109,7 +109,7 @@ class _SumOutOfFrames(torch.autograd.Function):
         return segment_reduce(torch.bmm(frames.transpose(1, 2), _weighted(messages, shares)), ptr=indptr)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         frames, messages, shares, target, _ = ctx.saved_tensors
         arriving = _Rows.apply(grad, target)
         to_frames = to_messages = to_shares = None
