@@ -99,6 +99,7 @@ class SegmentationTask(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
         """The sum of all parts."""
+        self._follow_schedule()
         loss, parts = self.loss(self.network.raw(batch["image"]), batch["labels"], batch["boundary"])
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["image"]))
         self.log_dict({f"train/{name}": value for name, value in parts.items()}, batch_size=len(batch["image"]))
@@ -144,17 +145,17 @@ class SegmentationTask(pl.LightningModule):
         """Intersection over union."""
         self._report("test")
 
-    def configure_optimizers(self) -> Any:
-        """The rate falls with every step."""
-        parameters = self.network.parameters()
-        chosen: torch.optim.Optimizer
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """One group; the rate falls with every step."""
         if self.optimizer == "adamw":
-            chosen = torch.optim.AdamW(parameters, self.learning_rate, weight_decay=self.weight_decay)
-        else:
-            chosen = torch.optim.SGD(parameters, self.learning_rate, self.momentum, weight_decay=self.weight_decay)
+            return torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+        return torch.optim.SGD(self.network.parameters(), self.learning_rate, self.momentum, weight_decay=self.weight_decay)
+
+    def _follow_schedule(self) -> None:
+        """The rate of this step, from its number: asked for earlier, the number of all steps would make the data forget where a run stopped."""
         total = max(int(self.trainer.estimated_stepping_batches), 1)
-        schedule = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: max(1 - step / total, 0.0) ** self.power)
-        return {"optimizer": chosen, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
+            group["lr"] = self.learning_rate * max(1 - self.global_step / total, 0.0) ** self.power
 
 
 def start_from(network: BEVANet, weights: str) -> list[str]:
