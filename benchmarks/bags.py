@@ -1,6 +1,6 @@
 """How well does ACMIL classify musk1 and the UCSB breast set, beside attention-based MIL and mi-SVM on the very same folds?
 
-Musk1 by the protocol of the published figures (Ilse et al., ICML 2018, table 1): ten folds, five times. UCSB breast: four folds, five times. Folds
+Musk1 by the protocol of the published figures (Ilse et al., ICML 2018, table 1): ten folds, five times. UCSB breast: four folds, as often. Folds
 are stratified. No fold chooses anything: every network trains to its end by the configuration's recipe, and nothing was tuned by fold. ABMIL is the
 same network with one branch and nothing hidden, by the same recipe. mi-SVM (Andrews et al., 2002) is scikit-learn's SVC with an RBF kernel.
 

@@ -114,7 +114,7 @@ def test_a_model_that_open_clip_names_loads_through_it_with_its_own_heads_and_ac
 
 def test_tokens_after_a_texts_end_have_no_attention_and_the_class_token_comes_first():
     torch.manual_seed(0)
-    tower = CLIP(TINY_CLIP).text.eval()
+    tower = CLIP(TINY_CLIP).text.eval().requires_grad_(False)
     text = open_clip_tokenizer(77)(["pneumonia"])
     tokens, attention = tower(text)
     assert int(text.argmax()) == 2
@@ -265,6 +265,11 @@ def test_the_command_classifies_and_measures_retrieval_with_a_base_on_disk(tiny_
     assert (good["state"], bad["state"]) == ("done", "failed")
     assert good["numbers"]["pneumonia"] + good["numbers"]["no finding"] == pytest.approx(1.0)
     assert (out / "zero_shot.csv").read_text().startswith("film,likeliest,pneumonia,no finding\n")
+    truth = ["--truth", str(table), "--overwrite"]
+    (tmp_path / "names.txt").write_text("pneumonia\nnone\n")
+    assert run([*shared, *(str(tmp_path / f"film{n}.png") for n in range(4)), "--prompts", str(tmp_path / "names.txt"), *truth]) == 0
+    assert json.loads(capsys.readouterr().out)["files"][-1]["source"] == "4 films of known class"
+    assert json.loads((out / "zero_shot.json").read_text())["films"] == 4
     assert run([*shared, "--pairs", str(table)]) == 0
     (entry,) = json.loads(capsys.readouterr().out)["files"]
     assert 0 <= entry["numbers"]["image to text R@5"] <= 1

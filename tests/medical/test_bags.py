@@ -117,6 +117,14 @@ def test_slides_are_split_by_patient_and_read_lazily(slide_folder):
     assert len(LabelledBags(str(slide_folder), labels=str(slide_folder / "labels.csv"), folds=3).items("train")) == 16
 
 
+def test_few_bags_of_a_class_are_enough_to_choose_by_and_too_few_for_folds_are_told(tmp_path):
+    pd.DataFrame({"bag": range(12), "label": [number % 2 for number in range(12)], "x": 1.0}).to_csv(tmp_path / "few.csv", index=False)
+    data = LabelledBags(str(tmp_path / "few.csv"), folds=3, validation=0.1)
+    assert [len(data.items(part)) for part in ("train", "validation", "test")] == [6, 2, 4]
+    with pytest.raises(UserError, match="expected at least 8 bags of a class for 8 folds"):
+        LabelledBags(str(tmp_path / "few.csv"), folds=8).setup()
+
+
 @pytest.mark.parametrize("kind", ["json", "csv"])
 def test_published_splits_are_kept_and_refused_where_a_patient_is_on_both_sides(slide_folder, kind):
     def write(train, validation, test):

@@ -25,6 +25,7 @@ from foveal.medical.classify import FilmClassifier
 from foveal.medical.data.film_tables import FilmCase, find_films
 from foveal.medical.data.films import FilmAugmentation, FilmFolders, Films, split_by_patient
 from foveal.medical.film_net import FilmNet, FilmNetConfig
+from foveal.medical.film_plots import film_attention_figure
 from foveal.medical.films import Film, FilmPreparation, collect_films, film_from_array, read_film
 from foveal.medical.models.medusa import Medusa, MedusaConfig
 
@@ -328,6 +329,16 @@ def classifier() -> FilmClassifier:
     return FilmClassifier(FilmNet(TINY), FilmPreparation(size=32), ("well", "sick"), "cpu")
 
 
+def test_attention_that_is_nearly_even_is_not_drawn_as_a_finding():
+    maps = {"even": np.linspace(0.5, 0.51, 16).reshape(4, 4), "uneven": np.linspace(0.1, 0.9, 16).reshape(4, 4)}
+    figure = film_attention_figure(rendered(False, 0) / 255, maps, {"well": 0.3, "sick": 0.7})
+    _, even, uneven, _ = figure.axes
+    assert even.images[1].get_clim() == pytest.approx((0.455, 0.555))
+    assert uneven.images[1].get_clim() == pytest.approx((0.1, 0.9))
+    assert even.get_title() == "even: 0.500 to 0.510, even"
+    assert even.images[0].get_extent() == even.images[1].get_extent(), "the map lies on the film"
+
+
 def test_weights_keep_what_a_users_film_needs(classifier, tmp_path):
     again = FilmClassifier.from_pretrained(classifier.save(tmp_path / "tiny.safetensors"), "cpu")
     film = rendered(True, 1)
@@ -363,6 +374,16 @@ def test_the_command_goes_on_past_a_bad_film_and_keeps_what_is_there(classifier,
     states = [entry["state"] for entry in json.loads(capsys.readouterr().out)["files"]]
     assert sorted(states) == ["failed", "failed", "kept", "kept"]
     assert len(pd.read_csv(out / "probabilities.csv")) == 2
+    (tmp_path / "truth.csv").write_text(f"file,label\n{films / 'a.png'},well\n{films / 'b.dcm'},sick\n")
+    assert run([*command, "--json", "--truth", str(tmp_path / "truth.csv")]) == 2
+    scores = json.loads((out / "scores.json").read_text())
+    likeliest = pd.read_csv(out / "probabilities.csv").set_index("film")["likeliest"]
+    right = [likeliest[str(films / "a.png")] == "well", likeliest[str(films / "b.dcm")] == "sick"]
+    assert (scores["films"], scores["accuracy"]) == (2, np.mean(right))
+    capsys.readouterr()
+    (tmp_path / "truth.csv").write_text(f"file,label\n{films / 'a.png'},ill\n")
+    assert run([*command, "--truth", str(tmp_path / "truth.csv")]) == 2
+    assert "expected classes well, sick in" in capsys.readouterr().err
     assert run(command[:3]) == 2
     assert "no weights of MEDUSA exist" in capsys.readouterr().err
 

@@ -60,6 +60,14 @@ def test_bias_of_plus_infinity_equals_the_definition() -> None:
     holds_the_error_rule(AttentionSample("plus infinity", tensors), torch.float32)
 
 
+@pytest.mark.parametrize(("dim", "value_dim"), [(130, 24), (24, 256)])
+def test_heads_so_wide_that_float32_products_are_taken_in_parts_hold_the_error_rule(dim: int, value_dim: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    shapes = {"q": (1, 1, 21, dim), "k": (1, 1, 35, dim), "v": (1, 1, 35, value_dim), "bias": (1, 1, 21, 35)}
+    tensors = {name: torch.randn(shape, generator=generator).requires_grad_() for name, shape in shapes.items()}
+    holds_the_error_rule(AttentionSample("wide heads", {**tensors, "temperature": torch.rand(1, 1, 21, generator=generator) + 0.5}), torch.float32)
+
+
 def test_heads_inside_lengths_are_read_and_written_through_their_strides() -> None:
     q, k, v = (torch.randn(2, 20, 3, 16, requires_grad=True) for _ in range(3))
     out = attention(q, k, v, layout="bnhd", backend="triton")

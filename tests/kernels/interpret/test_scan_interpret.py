@@ -56,6 +56,7 @@ def everything(tensors: dict[str, Tensor], **options: Any) -> list[Tensor]:
         (3, 2, 3, False, False, torch.float32, 11),
         (3, 3, 3, True, False, torch.bfloat16, 11),
         (3, 3, 3, True, False, torch.float16, 1),
+        (3, 3, 33, True, False, torch.float32, 11),
     ],
 )
 def test_the_kernel_is_no_worse_than_eager_torch(b: int, c: int, state: int, optional: bool, reverse: bool, dtype: torch.dtype, length: int) -> None:

@@ -1,4 +1,4 @@
-"""``foveal medical``: segmentation, restoration, classification and zero-shot questions, training, the authors' checkpoints."""
+"""``foveal medical``: segmentation, restoration, classification of films and slides, zero-shot questions, training, the authors' checkpoints."""
 
 from __future__ import annotations
 
@@ -87,6 +87,7 @@ def classify(
     checkpoint: Annotated[
         Path | None, typer.Option(help="A run's folder, a checkpoint in it, or exported weights (.safetensors); none ship.")
     ] = None,
+    truth: Annotated[Path | None, typer.Option(help="The films' classes, a table of file and label or a folder of classes: accuracy, AUROC.")] = None,
     pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Draw what the network attends to at each scale.")] = True,
     device: _Device = "auto",
     overwrite: _Overwrite = False,
@@ -98,7 +99,8 @@ def classify(
 
     raise typer.Exit(
         classify_command(
-            films, output=output, checkpoint=checkpoint, device=device, pictures=pictures, overwrite=overwrite, seed=seed, as_json=as_json,
+            films, output=output, checkpoint=checkpoint, device=device, truth=truth, pictures=pictures, overwrite=overwrite, seed=seed,
+            as_json=as_json,
         )
     )  # fmt: skip
 
@@ -107,13 +109,13 @@ def classify(
 def slide(
     slides: Annotated[
         list[Path],
-        typer.Argument(help="Slides (SVS, NDPI, TIFF, ...), pictures, HDF5 of features, tables of bags (.csv, .parquet); or folders of them."),
+        typer.Argument(help="Slides (SVS, NDPI, TIFF, ...), pictures, HDF5 of features, or folders of them; tables of bags (.csv, .parquet)."),
     ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: slides.")] = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="Trained ACMIL: a .safetensors file, or acmil_musk, acmil_ucsb, which know those sets only.")
     ] = None,
-    encoder: Annotated[str | None, typer.Option(help="Network of tiles: of torchvision (resnet50), timm:NAME, or efficientnet_lite0.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Network of tiles: of torchvision (resnet50), timm/NAME, or efficientnet_lite0.")] = None,
     encoder_weights: Annotated[Path | None, typer.Option(help="Its weights, a local file; without them they are random.")] = None,
     tile: Annotated[int, typer.Option(help="Side of a tile in pixels.")] = 224,
     mpp: Annotated[float, typer.Option(help="Micrometres per pixel of tiles: 0.5 is about 20x, 1.0 is 10x.")] = 0.5,
@@ -151,6 +153,7 @@ def zero_shot(
         Path | None, typer.Option(help="ACE-LoRA: the authors' file, a run, or exported weights; without it the model as it is.")
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer.json or vocab.txt, where none lies beside the model.")] = None,
+    truth: Annotated[Path | None, typer.Option(help="The films' classes, a table of file and label or a folder of classes: accuracy, AUROC.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: zero_shot.")] = None,
     device: _Device = "auto",
     overwrite: _Overwrite = False,
@@ -162,7 +165,7 @@ def zero_shot(
 
     raise typer.Exit(
         zero_shot_command(
-            images or [], prompts=prompts, pairs=pairs, output=output, base=base, tokenizer=tokenizer, adapter=adapter, device=device,
-            overwrite=overwrite, seed=seed, as_json=as_json,
+            images or [], prompts=prompts, pairs=pairs, output=output, base=base, tokenizer=tokenizer, adapter=adapter, truth=truth,
+            device=device, overwrite=overwrite, seed=seed, as_json=as_json,
         )
     )  # fmt: skip

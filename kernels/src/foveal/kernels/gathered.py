@@ -98,7 +98,7 @@ TILINGS: dict[tuple[str, str, int], tuple[Tiling, Tiling, Tiling]] = {
     ("forward", "hopper", 4): (Tiling(32, 32, 4, 1), Tiling(32, 32, 8, 1), Tiling(16, 16, 4, 1)),
     ("forward", "cdna", 4): (Tiling(32, 32, 4, 1), Tiling(32, 16, 4, 1), Tiling(16, 16, 4, 1)),
     ("key_gradients", "ampere", 2): (Tiling(32, 64, 4, 1), Tiling(32, 64, 8, 1), Tiling(16, 32, 4, 1)),
-    ("key_gradients", "hopper", 2): (Tiling(64, 64, 8, 1), Tiling(32, 64, 8, 1), Tiling(16, 64, 8, 1)),
+    ("key_gradients", "hopper", 2): (Tiling(64, 64, 8, 1), Tiling(32, 64, 8, 1), Tiling(32, 32, 8, 1)),
     ("key_gradients", "cdna", 2): (Tiling(32, 32, 4, 1), Tiling(16, 32, 4, 1), Tiling(16, 16, 4, 1)),
     ("key_gradients", "ampere", 4): (Tiling(16, 32, 4, 1), Tiling(16, 16, 4, 1), Tiling(16, 16, 8, 1)),
     ("key_gradients", "hopper", 4): (Tiling(16, 32, 4, 1), Tiling(16, 16, 4, 1), Tiling(16, 16, 8, 1)),
@@ -147,7 +147,7 @@ def tiling(
 
 
 def _entry(kernel: str, architecture: str, itemsize: int, wide: int, crowded: bool) -> Tiling:
-    """The table's entry; where a bias or masks crowd the registers the side that is walked over is halved."""
+    """The table's entry; where a bias, masks or lists crowd the registers the side that is walked over is halved."""
     entry = TILINGS[kernel, architecture, itemsize][0 if wide <= 64 else 1 if wide <= 128 else 2]
     if not crowded:
         return entry

@@ -128,7 +128,7 @@ def forward(
     q, k_cache, v_cache = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k_cache, v_cache))
     capacity = length if page_table is None else length * page_table.shape[1]
     listed = 0 if kv_index is None else kv_index.shape[2]
-    tiles = tiling("decode", "forward", q, value_dim, queries=width(group * queries))
+    tiles = tiling("decode", "forward", q, value_dim, queries=width(group * queries), crowded=kv_index is not None or page_table is not None)
     programs = triton.cdiv(group * queries, tiles.queries) * batch * kv_heads
     splits = splits or parts(programs, listed if kv_index is not None else capacity, q.device)
     rows = batch * heads * queries
@@ -172,7 +172,8 @@ def compile_cases() -> list[CompileCase]:
         ]:  # fmt: skip
             own = {**(plain if variant == "plain" else full), "QUERIES": min(rows, TILINGS["forward", arch, 4 if dtype == "fp32" else 2][0].queries)}
             quick = variant == "plain" and dim == 128
-            cases.append(compile_case(f"split-{rows}-{variant}", split_kernel, "forward", arch, dim, dtype, own, divisible=strides, quick=quick))
+            name, crowded = f"split-{rows}-{variant}", variant == "all"
+            cases.append(compile_case(name, split_kernel, "forward", arch, dim, dtype, own, divisible=strides, crowded=crowded, quick=quick))
         own = {"QUERIES": 16}
         merge = compile_case("merge", merge_kernel, "forward", arch, 128, "bf16", own, types={"parts": "*fp32", "part_lse": "*fp32"})
         cases.append(_without_products(merge))

@@ -38,15 +38,54 @@ from foveal.kernels.dense.logits import (
 
 
 @triton.jit
+def load_columns(base, first, count, stride, begin, LENGTH: tl.constexpr, DIM: tl.constexpr, PART: tl.constexpr, UPCAST: tl.constexpr):
+    """Columns begin .. begin + PART of rows first .. first + LENGTH of a (count, DIM) matrix, zero beyond its ends."""
+    position = first  # in the interpreter a loop's index is a Python int, an assigned name is a tensor
+    row = position + tl.arange(0, LENGTH)
+    column = begin + tl.arange(0, PART)
+    pointers = base + position.to(tl.int64) * stride + tl.arange(0, LENGTH)[:, None] * stride + column[None, :]
+    if DIM % PART == 0:
+        tile = tl.load(pointers, mask=row[:, None] < count, other=0.0)
+    else:
+        tile = tl.load(pointers, mask=(row[:, None] < count) & (column[None, :] < DIM), other=0.0)
+    if UPCAST:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def row_products(
+    left, left_first, left_count, left_stride, right, right_first, right_count, right_stride,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, F: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+):  # fmt: skip
+    """Products of LEFT rows of a matrix with RIGHT rows of another, 128 bytes of each row at a time from memory: whole wide rows would spill."""
+    MOST: tl.constexpr = 32 if F.dot == "fp32" else 64
+    PART: tl.constexpr = MOST if WIDTH > MOST else WIDTH
+    product = tl.zeros([LEFT, RIGHT], tl.float32)
+    for column in range(0, WIDTH, PART):
+        some = load_columns(left, left_first, left_count, left_stride, column, LEFT, DIM, PART, F.upcast)
+        others = load_columns(right, right_first, right_count, right_stride, column, RIGHT, DIM, PART, F.upcast)
+        product = tl.dot(some, tl.trans(others), product, input_precision=F.precision)
+    return product
+
+
+@triton.jit
 def attend_tile(
     accumulated, largest, total, q, k, v, rates, first, start, x, n, spot,
     F: tl.constexpr, EDGE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of keys to a tile of queries' sums: weights times values, and the weights; softmax keeps its largest logit."""
+    """Add a tile of keys to a tile of queries' sums: weights times values, and the weights; softmax keeps its largest logit.
+
+    `q` is the tile of queries, or a pointer to the sequence's where products are taken in parts.
+    """
     query = tl.arange(0, QUERIES)[:, None]
     key = tl.arange(0, KEYS)[None, :]
-    keys_tile = load_rows(k, start, spot.keys, x.k.row, KEYS, F.dim, F.width, F.upcast)
-    product = tl.dot(q, tl.trans(keys_tile), input_precision=F.precision) * (n.scale * unit(F))
+    if F.parted:
+        product = row_products(q, first, spot.queries, x.q.row, k, start, spot.keys, x.k.row, F.dim, F.width, F, QUERIES, KEYS)
+    else:
+        keys_tile = load_rows(k, start, spot.keys, x.k.row, KEYS, F.dim, F.width, F.upcast)
+        product = tl.dot(q, tl.trans(keys_tile), input_precision=F.precision)
+    product *= n.scale * unit(F)
     if F.temperature:
         product *= rates[:, None]
     logits, _steepness = modify(product, query, key, first, start, x, n, spot, F, EDGE)
@@ -122,7 +161,9 @@ def forward_kernel(x, n, out, lse, F: tl.constexpr, QUERIES: tl.constexpr, KEYS:
     v = at(x.v, batch, shared, first_row)
     row = first + tl.arange(0, QUERIES)
     rates = load_rates(x, row, spot, F)
-    tile = load_rows(at(x.q, batch, head, first_query), first, queries, x.q.row, QUERIES, F.dim, F.width, F.upcast)
+    tile = at(x.q, batch, head, first_query)
+    if not F.parted:
+        tile = load_rows(tile, first, queries, x.q.row, QUERIES, F.dim, F.width, F.upcast)
     VALUE_WIDTH: tl.constexpr = F.value_width
     accumulated = tl.zeros([QUERIES, VALUE_WIDTH], tl.float32)
     largest = tl.full([QUERIES], float("-inf"), tl.float32)
@@ -226,9 +267,13 @@ def key_gradients_kernel(
     first_query, queries, first_row, keys = extent(x, n, batch, F)
     if first >= keys:
         return
-    keys_tile = load_rows(at(x.k, batch, shared, first_row), first, keys, x.k.row, KEYS, F.dim, F.width, F.upcast)
+    k = at(x.k, batch, shared, first_row)
+    v = at(x.v, batch, shared, first_row)
+    if not F.parted:
+        keys_tile = load_rows(k, first, keys, x.k.row, KEYS, F.dim, F.width, F.upcast)
     if WANT_K:
-        values_tile = load_rows(at(x.v, batch, shared, first_row), first, keys, x.v.row, KEYS, F.value_dim, F.value_width, F.upcast)
+        if not F.parted:
+            values_tile = load_rows(v, first, keys, x.v.row, KEYS, F.value_dim, F.value_width, F.upcast)
         WIDTH: tl.constexpr = F.width
         key_sum = tl.zeros([KEYS, WIDTH], tl.float32)
     if WANT_V:
@@ -253,22 +298,33 @@ def key_gradients_kernel(
         delta_base = at(delta, batch, head, first_query)
         for start in range(begin, end, QUERIES):
             row = start + tl.arange(0, QUERIES)
-            queries_tile = load_rows(q_base, start, queries, x.q.row, QUERIES, F.dim, F.width, F.upcast)
             rates = load_rates(x, row, spot, F)
-            product = tl.dot(keys_tile, tl.trans(queries_tile), input_precision=F.precision) * (n.scale * unit(F))
+            if F.parted:
+                product = row_products(k, first, keys, x.k.row, q_base, start, queries, x.q.row, F.dim, F.width, F, KEYS, QUERIES)
+            else:
+                queries_tile = load_rows(q_base, start, queries, x.q.row, QUERIES, F.dim, F.width, F.upcast)
+                product = tl.dot(keys_tile, tl.trans(queries_tile), input_precision=F.precision)
+            product *= n.scale * unit(F)
             if F.temperature:
                 product *= rates[None, :]
             logits, steepness = modify(product, query, key, start, first, x, n, spot, F, True)
             sums, taken = load_sums(lse_base, delta_base, row, queries)
             weights, slope = weigh(logits, sums[None, :], F)
-            gradient = load_rows(dout_base, start, queries, dout.row, QUERIES, F.value_dim, F.value_width, F.upcast)
             if F.dropout:
                 kept = survivors(query, key, start, first, n, spot, F)
                 weights *= kept
+            if WANT_V or not F.parted:
+                gradient = load_rows(dout_base, start, queries, dout.row, QUERIES, F.value_dim, F.value_width, F.upcast)
             if WANT_V:
                 value_sum = tl.dot(weights.to(DOT), gradient, value_sum, input_precision=F.precision)
             if WANT_K:
-                dweights = tl.dot(values_tile, tl.trans(gradient), input_precision=F.precision)
+                if F.parted:
+                    dweights = row_products(
+                        v, first, keys, x.v.row, dout_base, start, queries, dout.row, F.value_dim, F.value_width, F, KEYS, QUERIES
+                    )
+                    queries_tile = load_rows(q_base, start, queries, x.q.row, QUERIES, F.dim, F.width, F.upcast)
+                else:
+                    dweights = tl.dot(values_tile, tl.trans(gradient), input_precision=F.precision)
                 if F.dropout:
                     dweights *= kept
                 dlogits = slope * (dweights - taken[None, :])
@@ -284,19 +340,15 @@ def key_gradients_kernel(
 
 
 @triton.jit
-def logit_gradients(
-    queries_tile, gradient, keys_tile, v, rates, sums, taken, first, start, x, n, spot, F: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr
-):
-    """Gradient of a (query, key) tile of logits, and the derivative of the logit by the product of query and key."""
+def logit_gradients(product, dweights, rates, sums, taken, first, start, x, n, spot, F: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """From products of a (query, key) tile, q k^T and dout v^T, to the gradient of its logits; and their derivative by the scaled first."""
     query = tl.arange(0, QUERIES)[:, None]
     key = tl.arange(0, KEYS)[None, :]
-    product = tl.dot(queries_tile, tl.trans(keys_tile), input_precision=F.precision) * (n.scale * unit(F))
+    product *= n.scale * unit(F)
     if F.temperature:
         product *= rates[:, None]
     logits, steepness = modify(product, query, key, first, start, x, n, spot, F, True)
     _, slope = weigh(logits, sums[:, None], F)
-    values_tile = load_rows(v, start, spot.keys, x.v.row, KEYS, F.value_dim, F.value_width, F.upcast)
-    dweights = tl.dot(gradient, tl.trans(values_tile), input_precision=F.precision)
     if F.dropout:
         dweights *= survivors(query, key, first, start, n, spot, F)
     return slope * (dweights - taken[:, None]), steepness
@@ -359,8 +411,11 @@ def query_gradients_kernel(
     v = at(x.v, batch, shared, first_row)
     row = first + tl.arange(0, QUERIES)
     rates = load_rates(x, row, spot, F)
-    queries_tile = load_rows(at(x.q, batch, head, first_query), first, queries, x.q.row, QUERIES, F.dim, F.width, F.upcast)
-    gradient = load_rows(at(dout, batch, head, first_query), first, queries, dout.row, QUERIES, F.value_dim, F.value_width, F.upcast)
+    q = at(x.q, batch, head, first_query)
+    given = at(dout, batch, head, first_query)
+    if not F.parted:
+        queries_tile = load_rows(q, first, queries, x.q.row, QUERIES, F.dim, F.width, F.upcast)
+        gradient = load_rows(given, first, queries, dout.row, QUERIES, F.value_dim, F.value_width, F.upcast)
     sums, taken = load_sums(at(lse, batch, head, first_query), at(delta, batch, head, first_query), row, queries)
     WIDTH: tl.constexpr = F.width
     query_sum = tl.zeros([QUERIES, WIDTH], tl.float32)
@@ -373,8 +428,16 @@ def query_gradients_kernel(
     begin = first_key(first, queries, keys, n.left, KEYS, F.left)
     end = last_key(first + QUERIES, queries, keys, n.right, F.right)
     for start in range(begin, end, KEYS):
+        if F.parted:
+            product = row_products(q, first, queries, x.q.row, k, start, keys, x.k.row, F.dim, F.width, F, QUERIES, KEYS)
+            dweights = row_products(given, first, queries, dout.row, v, start, keys, x.v.row, F.value_dim, F.value_width, F, QUERIES, KEYS)
+        else:
+            values_tile = load_rows(v, start, keys, x.v.row, KEYS, F.value_dim, F.value_width, F.upcast)
+            dweights = tl.dot(gradient, tl.trans(values_tile), input_precision=F.precision)
         keys_tile = load_rows(k, start, keys, x.k.row, KEYS, F.dim, F.width, F.upcast)
-        dlogits, steepness = logit_gradients(queries_tile, gradient, keys_tile, v, rates, sums, taken, first, start, x, n, spot, F, QUERIES, KEYS)
+        if not F.parted:
+            product = tl.dot(queries_tile, tl.trans(keys_tile), input_precision=F.precision)
+        dlogits, steepness = logit_gradients(product, dweights, rates, sums, taken, first, start, x, n, spot, F, QUERIES, KEYS)
         if W.bias:
             store_bias_gradient(rows.bias + pair.to(tl.int64) * queries * keys, dlogits, spot, x, first, start, keys, QUERIES, KEYS)
         if W.score_bias:
@@ -395,6 +458,8 @@ def query_gradients_kernel(
     store_rows(at(dq, batch, head, first_query), query_sum, first, queries, dq.row, QUERIES, F.dim, F.width)
     seen = row < queries
     if W.temperature:  # the product q k^T / temperature is linear in q: its sum over the keys is dq . q
+        if F.parted:
+            queries_tile = load_rows(q, first, queries, x.q.row, QUERIES, F.dim, F.width, F.upcast)
         moved = -tl.sum(query_sum * queries_tile.to(tl.float32), 1) * rates
         tl.store(at(rows.temperature, batch, head, first_query) + row, moved, mask=seen)
     if W.score_bias:
@@ -461,21 +526,20 @@ def shared_gradient_kernel(
         head = (own_head + turn % head_count).to(tl.int64)
         first_query, queries, first_row, keys = extent(x, n, batch, F)
         spot = locate(x, n, batch, head, first_query, queries, keys, F)
+        q = at(x.q, batch, head, first_query)
         k = at(x.k, batch, head // n.group, first_row)
         v = at(x.v, batch, head // n.group, first_row)
+        given = at(dout, batch, head, first_query)
         query_end = queries if S.queries else tl.minimum(query_begin + QUERIES, tl.minimum(queries, end_row))
         key_end = keys if S.keys else tl.minimum(key_begin + KEYS, keys)
         for query_start in range(query_begin, query_end, QUERIES):
             here = query_start + tl.arange(0, QUERIES)
-            queries_tile = load_rows(at(x.q, batch, head, first_query), query_start, queries, x.q.row, QUERIES, F.dim, F.width, F.upcast)
-            gradient = load_rows(at(dout, batch, head, first_query), query_start, queries, dout.row, QUERIES, F.value_dim, F.value_width, F.upcast)
             rates = load_rates(x, here, spot, F)
             sums, taken = load_sums(at(lse, batch, head, first_query), at(delta, batch, head, first_query), here, queries)
             for start in range(key_begin, key_end, KEYS):
-                keys_tile = load_rows(k, start, keys, x.k.row, KEYS, F.dim, F.width, F.upcast)
-                dlogits, _ = logit_gradients(
-                    queries_tile, gradient, keys_tile, v, rates, sums, taken, query_start, start, x, n, spot, F, QUERIES, KEYS
-                )
+                product = row_products(q, query_start, queries, x.q.row, k, start, keys, x.k.row, F.dim, F.width, F, QUERIES, KEYS)
+                dweights = row_products(given, query_start, queries, dout.row, v, start, keys, x.v.row, F.value_dim, F.value_width, F, QUERIES, KEYS)
+                dlogits, _ = logit_gradients(product, dweights, rates, sums, taken, query_start, start, x, n, spot, F, QUERIES, KEYS)
                 gathered += dlogits
     if S.table:
         spot = locate(x, n, own_batch.to(tl.int64), own_head.to(tl.int64), tl.full([], 0, tl.int64), n.queries, n.keys, F)

@@ -114,6 +114,11 @@ class Features:
     varlen: bool = False
 
     @property
+    def parted(self) -> bool:
+        """Whether products with whole rows are taken a part of the row at a time: three TF32 products of 256 float32 fill the registers alone."""
+        return self.dot == "fp32" and max(self.width, self.value_width) > 128
+
+    @property
     def modified(self) -> bool:
         """Whether a tile of logits needs a second tile of registers beside it."""
         return self.bias or self.mask or self.table or self.dropout or self.softcap or self.score != "softmax"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from foveal.kernels.dense.kernels import (
 from foveal.kernels.dense.logits import Features, Inputs, Matrix, Pairs, Sizes
 from foveal.kernels.dense.philox import threshold
 from foveal.kernels.dense.reference import entry_of_pair
-from foveal.kernels.dense.tilings import COMPILED_FOR, TILINGS, Tiling, architecture, shortened, tiling, width, window_tiling
+from foveal.kernels.dense.tilings import COMPILED_FOR, STRIP, TILINGS, Tiling, architecture, shortened, tiling, width, window_tiling
 from foveal.kernels.dense.windows import backward_windows_kernel, forward_windows_kernel
 from foveal.kernels.dispatch import interpreting
 
@@ -133,6 +133,10 @@ class _Launch:
         split = bool(chosen.pop("split"))
         return shortened(Tiling(**chosen, split=split), self.queries, self.keys)
 
+    def window_tiling(self, *, backward: bool) -> Tiling:
+        """Tile sizes of the kernels of many windows."""
+        return window_tiling(self.queries, self.keys, self.call.q.element_size(), architecture(self.device), backward=backward)
+
     @property
     def windows(self) -> bool:
         """Whether the call is many short sequences, several of which one program takes."""
@@ -157,7 +161,7 @@ def _precision() -> str:
     """How float32 enters the matrix units: exactly, or in three TF32 products that come close; in one where torch is told so.
 
     One product is off by a thousandth, a thousand times eager's own error, which the error rule allows twice. Exact products on NVIDIA leave
-    the matrix units, and at head dim 256 the compiler then keeps whole rows in registers: 2.4 KB of them spill, where three products spill 0.1.
+    the matrix units and keep whole rows in registers.
     """
     if interpreting() or torch.version.hip is not None:
         return "ieee"
@@ -170,7 +174,7 @@ def forward(call: Call, out: Tensor, lse: Tensor) -> None:
         return
     launch = _Launch(call)
     if launch.windows:
-        tiles = window_tiling(launch.queries, launch.keys, backward=False)
+        tiles = launch.window_tiling(backward=False)
         results = {"out": launch.matrix(out), "lse": launch.matrix(lse)}
         launch.run(forward_windows_kernel, launch.window_programs, tiles, **results, WINDOWS=WINDOWS)
         return
@@ -219,15 +223,24 @@ def _windows_give(gradients: dict[str, Tensor]) -> bool:
     return all(gradient.shape[0] == 1 for gradient in shared) and ("table" not in gradients or gradients["table"].shape[2] == 1)
 
 
+def window_launches(tiles: Tiling, *, shared: bool) -> list[tuple[Tiling, dict[str, bool]]]:
+    """The launches of `backward_windows_kernel` that give all gradients: their tiles, and what each is to give."""
+    if not tiles.split:
+        return [(tiles, {"WANT_Q": True, "WANT_K": True, "WANT_V": True, "WANT_SHARED": shared})]
+    by_row = {"WANT_Q": True, "WANT_K": False, "WANT_V": False, "WANT_SHARED": shared}
+    by_column = {"WANT_Q": False, "WANT_K": True, "WANT_V": True, "WANT_SHARED": False}
+    return [(replace(tiles, queries=STRIP), by_row), (replace(tiles, keys=STRIP), by_column)]
+
+
 def _window_gradients(launch: _Launch, shared: dict[str, Matrix], gradients: dict[str, Tensor]) -> None:
     call = launch.call
     parts = None
     if "bias" in gradients or "table" in gradients:
         parts = torch.empty(launch.window_programs, launch.queries, launch.keys, dtype=torch.float32, device=launch.device)
     own = {f"d{name}": launch.matrix(gradients[name]) for name in ("q", "k", "v")}
-    tiles = window_tiling(launch.queries, launch.keys, backward=True)
-    wanted = {"parts": parts, "WANT_SHARED": parts is not None, "WINDOWS": WINDOWS}
-    launch.run(backward_windows_kernel, launch.window_programs, tiles, **shared, **own, **wanted)
+    for tiles, wanted in window_launches(launch.window_tiling(backward=True), shared=parts is not None):
+        programs = launch.window_programs * triton.cdiv(launch.queries, tiles.queries) * triton.cdiv(launch.keys, tiles.keys)
+        launch.run(backward_windows_kernel, programs, tiles, **shared, **own, parts=parts, WINDOWS=WINDOWS, **wanted)
     if parts is None:
         return
     summed = parts.unflatten(0, (-1, launch.heads)).sum(0)  # (heads, query, key)
@@ -288,7 +301,7 @@ def _query_gradients(launch: _Launch, shared: dict[str, Matrix], gradients: dict
 
 
 def _shared_bias_gradient(launch: _Launch, shared: dict[str, Matrix], dbias: Tensor) -> None:
-    tiles = launch.tiling("query_gradients")
+    tiles = launch.tiling("shared_gradient")
     which = Shared(batches=dbias.shape[0] == 1, heads=dbias.shape[1] == 1, queries=dbias.shape[2] == 1, keys=dbias.shape[3] == 1)
     query_tiles = 1 if which.queries else triton.cdiv(launch.queries, tiles.queries)
     key_tiles = 1 if which.keys else triton.cdiv(launch.keys, tiles.keys)
@@ -300,7 +313,7 @@ def _shared_bias_gradient(launch: _Launch, shared: dict[str, Matrix], dbias: Ten
 
 def _shared_table_gradient(launch: _Launch, shared: dict[str, Matrix], dtable: Tensor) -> None:
     """A table's gradient by row and entry, as many rows at a time as `TABLE_ROWS` allows, summed over the rows."""
-    tiles = launch.tiling("query_gradients")
+    tiles = launch.tiling("shared_gradient")
     planes, entries = dtable.shape[0] * dtable.shape[1], dtable.shape[3]
     which = Shared(batches=dtable.shape[0] == 1, heads=dtable.shape[1] == 1, table=True)
     step = max(tiles.queries, TABLE_ROWS // (planes * entries) // tiles.queries * tiles.queries)
@@ -347,7 +360,12 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "dropout": {"dropout": True, "gate": 1},
     "varlen": {"varlen": True, "right": True},
 }
-_KERNELS = {"forward": forward_kernel, "key_gradients": key_gradients_kernel, "query_gradients": query_gradients_kernel}
+_KERNELS = {
+    "forward": forward_kernel,
+    "key_gradients": key_gradients_kernel,
+    "query_gradients": query_gradients_kernel,
+    "shared_gradient": shared_gradient_kernel,
+}
 
 
 class _Part(NamedTuple):
@@ -366,7 +384,7 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for name, arch, itemsize in TILINGS:
         for dim, dtype, variant in _COMPILED_4_BYTES if itemsize == 4 else _COMPILED_2_BYTES:
-            once = ("sm_90", "gfx942") if name != "query_gradients" else ()
+            once = ("sm_90", "gfx942") if name in ("forward", "key_gradients") else ()
             targets = tuple(target for target in COMPILED_FOR[arch] if variant not in _COMPILED_ONCE or target in once)
             if not targets:
                 continue
@@ -389,7 +407,7 @@ def compile_cases() -> list[CompileCase]:
                         divisible=[*_aligned("", signature)],
                         matrix=itemsize == 2 and part.kernel is not prepare_kernel,
                         targets=targets,
-                        quick=(dim, dtype, variant) == (64, "fp16", "all") or part.suffix == "-table",
+                        quick=(dim, dtype, variant) == (64, "fp16", "all") or (name, variant) == ("shared_gradient", "positions"),
                     )
                 )
     return cases + _window_cases()
@@ -397,15 +415,18 @@ def compile_cases() -> list[CompileCase]:
 
 def _window_cases() -> list[CompileCase]:
     """The kernels of many windows, with Swin's table and with all that may change a logit."""
-    from foveal.kernels.testing.compile import CompileCase
+    from foveal.kernels.testing.compile import TARGETS, CompileCase
 
     cases = []
     for variant, options in (("swin", {"table": True, "mask": True}), ("positions", _VARIANTS["positions"]), ("plain", {})):
-        for dtype, precision, targets in (("bf16", "ieee", ()), ("fp32", "tf32x3", ("sm_80", "sm_90", "sm_100")))[: 2 if variant == "swin" else 1]:
-            features = Features(32, 32, 32, 32, dot=dtype, precision=precision, **options)
-            for name, kernel in (("forward", forward_windows_kernel), ("backward", backward_windows_kernel)):
-                tiles = window_tiling(49, 49, backward=name == "backward")
-                own = {"WANT_SHARED": variant != "plain", **({"parts": None} if variant == "plain" else {})}
+        for dtype, arch in (("bf16", "nvidia"), ("bf16", "cdna"), ("fp32", "nvidia"))[: 3 if variant == "swin" else 2]:
+            features = Features(32, 32, 32, 32, dot=dtype, precision="ieee" if arch == "cdna" else "tf32x3", **options)
+            tilings = {backward: window_tiling(49, 49, 4 if dtype == "fp32" else 2, arch, backward=backward) for backward in (False, True)}
+            launches: list[tuple[str, Any, Tiling, dict[str, Any]]] = [("forward", forward_windows_kernel, tilings[False], {})]
+            for tiles, wanted in window_launches(tilings[True], shared=variant != "plain"):
+                name = "backward" if not tiles.split else "backward-rows" if wanted["WANT_Q"] else "backward-columns"
+                launches.append((name, backward_windows_kernel, tiles, {**wanted, **({} if wanted["WANT_SHARED"] else {"parts": None})}))
+            for name, kernel, tiles, own in launches:
                 constants = {"F": features, "QUERIES": tiles.queries, "KEYS": tiles.keys, "DOT": _DTYPES[dtype], "WINDOWS": WINDOWS, **own}
                 constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
                 types = {
@@ -418,7 +439,7 @@ def _window_cases() -> list[CompileCase]:
                 signature = {key: value for key, value in types.items() if key in kernel.arg_names and key not in constants}
                 cases.append(
                     CompileCase(
-                        name=f"windows-{name}-d32-{dtype}-{variant}",
+                        name=f"windows-{name}-{arch}-d32-{dtype}-{variant}",
                         kernel=kernel,
                         signature=signature,
                         constants=constants,
@@ -426,7 +447,7 @@ def _window_cases() -> list[CompileCase]:
                         num_stages=tiles.stages,
                         divisible=_aligned("", signature),
                         matrix=dtype == "bf16",
-                        targets=targets,
+                        targets=tuple(name for name in TARGETS if (name == "gfx942") == (arch == "cdna")),
                         quick=variant == "swin" and dtype == "bf16",
                     )
                 )
@@ -441,19 +462,19 @@ def _parts(name: str, tiles: Tiling, variant: str, dtype: str) -> list[_Part]:
         parts = {"-k": (True, False), "-v": (False, True)} if tiles.split else {"": (True, True)}
         return [_Part(suffix, kernel, {}, {"WANT_K": k, "WANT_V": v}) for suffix, (k, v) in parts.items()]
     nothing = dict.fromkeys(("temperature", "score_bias", "alibi", "table"), _OFF)
-    plain = _Part("", kernel, {"rows": RowGradients(bias="constexpr", **nothing)}, {"W": Wanted()})
-    sums = {"ends": "*fp32", "planes": "i32", "begin_row": "i32", "end_row": "i32"}
+    if name == "shared_gradient":
+        sums = {"ends": "*fp32", "planes": "i32", "begin_row": "i32", "end_row": "i32"}
+        if variant == "all":
+            return [_Part("", kernel, sums, {"S": Shared(batches=True, heads=False), "ends": None})]
+        return [_Part("", kernel, sums, {"S": Shared(batches=True, heads=False, table=True)})] if variant == "positions" else []
     if variant == "all":
-        bias = _Part("-bias", kernel, {"rows": RowGradients(bias="*fp32", **nothing)}, {"W": Wanted(bias=True)})
-        shared_bias = _Part("-shared-bias", shared_gradient_kernel, sums, {"S": Shared(batches=True, heads=False), "ends": None})
-        return [bias, shared_bias]
+        return [_Part("-bias", kernel, {"rows": RowGradients(bias="*fp32", **nothing)}, {"W": Wanted(bias=True)})]
     if variant == "positions":
         rows = RowGradients(bias="constexpr", temperature=_WIDE, score_bias=_OFF, alibi=_WIDE, table=_WIDE)
         by_row = _Part("-rows", kernel, {"rows": rows}, {"W": Wanted(temperature=True, alibi=True, table=True)})
-        table = _Part("-table", shared_gradient_kernel, sums, {"S": Shared(batches=True, heads=False, table=True)})
         prepare = _Part("-prepare", prepare_kernel, {"dgate": _WIDE}, {"HAS_DLSE": True, "WANT_GATE": True})
-        return [by_row, table, prepare]
-    return [plain]
+        return [by_row, prepare]
+    return [_Part("", kernel, {"rows": RowGradients(bias="constexpr", **nothing)}, {"W": Wanted()})]
 
 
 _WIDE = Matrix("*fp32", "i32", "i32", "i32")
@@ -495,11 +516,12 @@ _TRIED = {
     "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 64, 8, 1)),
     "key_gradients": ((64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (32, 64, 4, 2), (32, 128, 8, 1)),
     "query_gradients": ((64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 1), (128, 32, 8, 1)),
+    "shared_gradient": ((32, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 2), (64, 64, 8, 1), (32, 32, 4, 2)),
 }
 
 
 def tunables(*, toy: bool = False) -> list[Tunable]:
-    """The three kernels that walk, by head dim, as they are and with a bias that gets a gradient (`_modified`)."""
+    """The kernels that walk, by head dim, as they are and with a bias that gets a gradient (`_modified`)."""
     from foveal.kernels.tune import Tunable
 
     batch, heads, length = (1, 2, 70) if toy else (8, 16, 1024)
@@ -516,6 +538,8 @@ def tunables(*, toy: bool = False) -> list[Tunable]:
                 return [tensor.to(device).requires_grad_() for tensor in tensors]
 
             for kernel, sizes in _TRIED.items():
+                if kernel == "shared_gradient" and not modified:
+                    continue
                 tilings: list[dict[str, int]] = [
                     {"queries": rows, "keys": columns, "warps": warps, "stages": stages, **({"split": split} if kernel == "key_gradients" else {})}
                     for rows, columns, warps, stages in (sizes[1:3] if toy else sizes)

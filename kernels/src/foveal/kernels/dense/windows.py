@@ -45,38 +45,51 @@ def forward_windows_kernel(x, n, out, lse, F: tl.constexpr, WINDOWS: tl.constexp
 @triton.jit
 def backward_windows_kernel(
     x, n, dout, lse, delta, dq, dk, dv, parts,
-    F: tl.constexpr, WANT_SHARED: tl.constexpr, WINDOWS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DOT: tl.constexpr,
+    F: tl.constexpr, WANT_Q: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr, WANT_SHARED: tl.constexpr,
+    WINDOWS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one head of WINDOWS windows; with WANT_SHARED their sum over the logits, (program, query, key), in `parts`."""
-    head = (tl.program_id(0) % n.heads).to(tl.int64)
-    begin = tl.program_id(0) // n.heads * WINDOWS
+    """Gradients of one head of WINDOWS windows; with WANT_SHARED the logits' own, summed over the windows, (window, query, key), in `parts`.
+
+    A program takes one tile of a window's pairs: all its keys where dq is wanted, all its queries where dk or dv is.
+    """
+    pair = tl.program_id(0)
+    first = tl.full([], 0, tl.int32)
     start = tl.full([], 0, tl.int32)
+    if not (WANT_K or WANT_V):
+        first += pair % tl.cdiv(n.queries, QUERIES) * QUERIES
+        pair = pair // tl.cdiv(n.queries, QUERIES)
+    if not WANT_Q:
+        start += pair % tl.cdiv(n.keys, KEYS) * KEYS
+        pair = pair // tl.cdiv(n.keys, KEYS)
+    head = (pair % n.heads).to(tl.int64)
+    begin = pair // n.heads * WINDOWS
     origin = tl.full([], 0, tl.int64)
-    row = tl.arange(0, QUERIES)
-    query = row[:, None]
+    row = first + tl.arange(0, QUERIES)
+    query = tl.arange(0, QUERIES)[:, None]
     key = tl.arange(0, KEYS)[None, :]
     gathered = tl.zeros([QUERIES, KEYS], tl.float32)
     for window in range(begin, tl.minimum(begin + WINDOWS, n.batches)):
         batch = origin + window
         spot = locate(x, n, batch, head, origin, n.queries, n.keys, F)
         rates = load_rates(x, row, spot, F)
-        queries_tile = load_rows(at(x.q, batch, head, origin), start, n.queries, x.q.row, QUERIES, F.dim, F.width, F.upcast)
+        queries_tile = load_rows(at(x.q, batch, head, origin), first, n.queries, x.q.row, QUERIES, F.dim, F.width, F.upcast)
         keys_tile = load_rows(at(x.k, batch, head, origin), start, n.keys, x.k.row, KEYS, F.dim, F.width, F.upcast)
         product = tl.dot(queries_tile, tl.trans(keys_tile), input_precision=F.precision) * (n.scale * unit(F))
         if F.temperature:
             product *= rates[:, None]
-        logits, steepness = modify(product, query, key, start, start, x, n, spot, F, True)
+        logits, steepness = modify(product, query, key, first, start, x, n, spot, F, True)
         sums, taken = load_sums(at(lse, batch, head, origin), at(delta, batch, head, origin), row, n.queries)
         weights, slope = weigh(logits, sums[:, None], F)
-        gradient = load_rows(at(dout, batch, head, origin), start, n.queries, dout.row, QUERIES, F.value_dim, F.value_width, F.upcast)
+        gradient = load_rows(at(dout, batch, head, origin), first, n.queries, dout.row, QUERIES, F.value_dim, F.value_width, F.upcast)
         values_tile = load_rows(at(x.v, batch, head, origin), start, n.keys, x.v.row, KEYS, F.value_dim, F.value_width, F.upcast)
         dweights = tl.dot(gradient, tl.trans(values_tile), input_precision=F.precision)
         if F.dropout:
-            kept = survivors(query, key, start, start, n, spot, F)
+            kept = survivors(query, key, first, start, n, spot, F)
             weights *= kept
             dweights *= kept
-        dvalues = tl.dot(tl.trans(weights.to(DOT)), gradient, input_precision=F.precision)
-        store_rows(at(dv, batch, head, origin), dvalues, start, n.keys, dv.row, KEYS, F.value_dim, F.value_width)
+        if WANT_V:
+            dvalues = tl.dot(tl.trans(weights.to(DOT)), gradient, input_precision=F.precision)
+            store_rows(at(dv, batch, head, origin), dvalues, start, n.keys, dv.row, KEYS, F.value_dim, F.value_width)
         dlogits = slope * (dweights - taken[:, None])
         if WANT_SHARED:
             gathered += dlogits
@@ -85,10 +98,12 @@ def backward_windows_kernel(
         if F.temperature:
             dlogits *= rates[:, None]
         dlogits = (dlogits * n.scale).to(DOT)
-        dqueries = tl.dot(dlogits, keys_tile, input_precision=F.precision)
-        store_rows(at(dq, batch, head, origin), dqueries, start, n.queries, dq.row, QUERIES, F.dim, F.width)
-        dkeys = tl.dot(tl.trans(dlogits), queries_tile, input_precision=F.precision)
-        store_rows(at(dk, batch, head, origin), dkeys, start, n.keys, dk.row, KEYS, F.dim, F.width)
+        if WANT_Q:
+            dqueries = tl.dot(dlogits, keys_tile, input_precision=F.precision)
+            store_rows(at(dq, batch, head, origin), dqueries, first, n.queries, dq.row, QUERIES, F.dim, F.width)
+        if WANT_K:
+            dkeys = tl.dot(tl.trans(dlogits), queries_tile, input_precision=F.precision)
+            store_rows(at(dk, batch, head, origin), dkeys, start, n.keys, dk.row, KEYS, F.dim, F.width)
     if WANT_SHARED:
-        corner = parts + tl.program_id(0).to(tl.int64) * n.queries * n.keys
-        tl.store(corner + query * n.keys + key, gathered, mask=(query < n.queries) & (key < n.keys))
+        corner = parts + pair.to(tl.int64) * n.queries * n.keys + first * n.keys + start
+        tl.store(corner + query * n.keys + key, gathered, mask=(query < n.queries - first) & (key < n.keys - start))

@@ -93,7 +93,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """(out in u's dtype, last state, states at the start of every chunk of `CHUNK` steps)."""
     wide = inputs.wide()
     out, last_state = torch.empty(wide.u.shape, dtype=wide.u.dtype, device=wide.u.device), wide.first_state()
-    checkpoints = out.new_empty(wide.checkpoints_shape())
+    checkpoints = out.new_empty(wide.checkpoints_shape("torch"))
     for rows, part in _slices(wide):
         for index in range(checkpoints.shape[2]):
             chunk = _chunk(part, index)

@@ -99,7 +99,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """(out in u's dtype, last state, states at the start of every chunk of `CHUNK` steps)."""
     problem, wide = _problem(inputs)
     out = torch.empty(wide.u.shape, dtype=wide.u.dtype)
-    checkpoints = out.new_empty(wide.checkpoints_shape())
+    checkpoints = out.new_empty(wide.checkpoints_shape("cpu"))
     if wide.length == 0:
         return out.to(inputs.u.dtype), wide.first_state(), checkpoints
     last_state = out.new_empty(wide.batch, wide.dim, wide.state)

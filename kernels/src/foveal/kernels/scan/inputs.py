@@ -7,8 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Steps between the states that the forward pass keeps for the backward pass, in every backend (a constant of scan.c too).
+#: Steps between the states that the forward pass keeps for the backward pass (a constant of scan.c too).
 CHUNK = 64
+
+
+def chunk(backend: str, state: int) -> int:
+    """`CHUNK` in one backend: half of it in Triton's from 33 states on, whose tile would spill its registers."""
+    return CHUNK // 2 if backend == "triton" and state > 32 else CHUNK
 
 
 class Inputs(NamedTuple):
@@ -54,9 +59,9 @@ class Inputs(NamedTuple):
         dtype = self.compute_dtype
         return Inputs._make(value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value for value in self)
 
-    def checkpoints_shape(self) -> tuple[int, int, int, int]:
+    def checkpoints_shape(self, backend: str) -> tuple[int, int, int, int]:
         """(batch, dim, chunks, state) of the kept states: chunk k's is the one before its first step."""
-        return self.batch, self.dim, -(-self.length // CHUNK), self.state
+        return self.batch, self.dim, -(-self.length // chunk(backend, self.state)), self.state
 
     def first_state(self) -> Tensor:
         """The state before the first step, a new tensor."""

@@ -255,7 +255,7 @@ def selective_scan_forward(
 @selective_scan_forward.register_fake
 def _(u: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs = Inputs(u, *arguments[:-1])
-    checkpoints = u.new_empty(inputs.checkpoints_shape(), dtype=inputs.compute_dtype)
+    checkpoints = u.new_empty(inputs.checkpoints_shape(arguments[-1]), dtype=inputs.compute_dtype)
     return u.new_empty(u.shape), checkpoints.new_empty(inputs.batch, inputs.dim, inputs.state), checkpoints
 
 

@@ -1,8 +1,8 @@
 """Triton form of the selective scan.
 
-A tile is (state, step): the states of one channel over a chunk of 64 steps, in registers. Inside a chunk the recurrence is an associative
-scan over steps, which reads and writes memory along the sequence, as it lies; from chunk to chunk the state is carried. Forward gives each
-program one channel of one batch element and keeps the state at every chunk's start.
+A tile is (state, step): the states of one channel over a chunk of 64 steps, in registers (of more than 32 states, 32 steps). Inside a
+chunk the recurrence is an associative scan over steps, which reads and writes memory along the sequence, as it lies; from chunk to chunk
+the state is carried. Forward gives each program one channel of one batch element and keeps the state at every chunk's start.
 
 Backward gives a program a block of channels of one batch element. It walks the chunks from the last to the first and, in each, its
 channels: so dB and dC, which channels share, gather in registers and are stored once a chunk. What is left to sum (blocks of a group,
@@ -23,13 +23,12 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.kernels.configurations import tiling
-from foveal.kernels.scan.inputs import CHUNK, Gradients, Inputs
+from foveal.kernels.scan.inputs import Gradients, Inputs, chunk
 from foveal.kernels.testing.compile import CompileCase
 from foveal.kernels.tune import Tunable
 
-#: Warps of a program by padded state size: 8 numbers of a tile a thread, more would not stay in registers. Of 64 states some 200 bytes a thread
-#: spill backward as it is; of the packed scan 224, where 8 warps spill 248 and 4 spill 1312.
-_WARPS = {16: 4, 32: 8, 64: 16}
+#: Warps of a program by padded state size: 8 numbers of a tile a thread, more would not stay in registers.
+_WARPS = {16: 4, 32: 8, 64: 8}
 #: Programs that the backward pass aims at; more of them means smaller blocks of channels and more partial sums.
 _PROGRAMS = 1024
 
@@ -214,6 +213,11 @@ def _block_n(state: int) -> int:
     return max(16, triton.next_power_of_2(state))
 
 
+def _warps(block_n: int, reverse: bool) -> int:
+    """Warps of a program; what is read backwards is turned round on its way, which takes registers too."""
+    return max(8, _WARPS[block_n]) if reverse else _WARPS[block_n]
+
+
 def _contiguous(inputs: Inputs) -> Inputs:
     return Inputs._make(value.contiguous() if isinstance(value, Tensor) else value for value in inputs)
 
@@ -225,21 +229,21 @@ def _sizes(inputs: Inputs, kernel: str) -> tuple[tuple[int, ...], dict[str, Any]
     constants = {
         "STATE": inputs.state,
         "BLOCK_N": block_n,
-        "BLOCK_T": CHUNK,
+        "BLOCK_T": chunk("triton", inputs.state),
         "SOFTPLUS": inputs.delta_softplus,
         "REVERSE": inputs.reverse,
         "CONSTANT_B": inputs.B.dim() == 2,
         "CONSTANT_C": inputs.C.dim() == 2,
-        **tiling("scan", kernel, inputs.u, block_n, {"num_warps": _WARPS[block_n], "num_stages": 1}),
+        **tiling("scan", kernel, inputs.u, block_n, {"num_warps": _warps(block_n, inputs.reverse), "num_stages": 1}),
     }
-    return (inputs.dim, inputs.length, inputs.checkpoints_shape()[2], per_b, per_c), constants
+    return (inputs.dim, inputs.length, inputs.checkpoints_shape("triton")[2], per_b, per_c), constants
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """(out in u's dtype, last state, states at the start of every chunk of `CHUNK` steps)."""
+    """(out in u's dtype, last state, states at the start of every chunk)."""
     u, delta, A, B, C, D, z, bias, initial_state, _, _, starts = inputs = _contiguous(inputs)
     out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    checkpoints = torch.empty(inputs.checkpoints_shape(), dtype=torch.float32, device=u.device)
+    checkpoints = torch.empty(inputs.checkpoints_shape("triton"), dtype=torch.float32, device=u.device)
     if out.numel() == 0:
         return out, inputs.first_state(), checkpoints
     last_state = checkpoints.new_empty(inputs.batch, inputs.dim, inputs.state)
@@ -315,7 +319,7 @@ def compile_cases() -> list[CompileCase]:
                 **({} if variant.startswith("packed") else {"starts": None}),
                 "STATE": state,
                 "BLOCK_N": _block_n(state),
-                "BLOCK_T": CHUNK,
+                "BLOCK_T": chunk("triton", state),
                 "SOFTPLUS": full,
                 "REVERSE": variant.startswith("reverse"),
                 "CONSTANT_B": variant.startswith("constant"),
@@ -327,7 +331,7 @@ def compile_cases() -> list[CompileCase]:
             absent: dict[str, Any] = {} if full else {"dD": None, "dz": None, "dbias": None}
             gradients |= {"dD": "*fp32", "dz": low, "dbias": "*fp32"} if full else {}
             quick = state == 16 and variant == "full-bf16"
-            options: dict[str, Any] = {"num_warps": _WARPS[_block_n(state)], "num_stages": 1, "quick": quick}
+            options: dict[str, Any] = {"num_warps": _warps(_block_n(state), variant.startswith("reverse")), "num_stages": 1, "quick": quick}
             for name, kernel, arguments, values in (
                 ("forward", forward_kernel, kept, constants),
                 ("backward", backward_kernel, gradients, constants | absent),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc, multiclass_accuracy, multiclass_f1_score
+from torchmetrics.functional.classification import multiclass_f1_score
+
+from foveal.medical.classification_metrics import film_scores
 
 
 class BagScores(NamedTuple):
@@ -31,17 +32,11 @@ class BagScores(NamedTuple):
 def bag_scores(probabilities: Float[Tensor, "bags classes"], labels: Int[Tensor, " bags"]) -> BagScores:
     """Score predictions; classes that are in neither labels nor predictions count in no mean."""
     classes, predicted = probabilities.shape[1], probabilities.argmax(1)
-    present = [number for number in range(classes) if bool((labels == number).any())]
-    recalls = multiclass_accuracy(predicted, labels, classes, average="none")
-    areas = [
-        float(binary_auroc(probabilities[:, number].double(), (labels == number).long()))
-        for number in (present if classes > 2 else present[-1:])
-        if len(present) > 1
-    ]
+    common = film_scores(probabilities.double(), labels, [str(number) for number in range(classes)])
     return BagScores(
-        accuracy=float((predicted == labels).double().mean()),
-        balanced_accuracy=float(recalls[present].mean()),
+        accuracy=common["accuracy"],
+        balanced_accuracy=common["balanced_accuracy"],
         macro_f1=float(multiclass_f1_score(predicted, labels, classes, average="macro")),
         micro_f1=float(multiclass_f1_score(predicted, labels, classes, average="micro")),
-        auroc=float(torch.tensor(areas).mean()) if areas else float("nan"),
+        auroc=common["auroc"],
     )

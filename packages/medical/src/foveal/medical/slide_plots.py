@@ -1,8 +1,6 @@
-"""The pictures of bags and slides: confusion matrix, ROC curves, attention over a slide. One function a figure."""
+"""The picture of a slide: attention over it."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -12,44 +10,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy import ndarray
 from scipy.stats import rankdata
-from sklearn.metrics import roc_auc_score, roc_curve
-
-from foveal.medical.plots import colour_of
-
-
-def confusion_figure(counts: Int[ndarray, "true predicted"], class_names: Sequence[str]) -> Figure:
-    """Counts, coloured by the share of each true class."""
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = 2.2 + 0.6 * len(class_names)
-    figure = Figure(figsize=(side + 0.6, side), layout="constrained")
-    axis = figure.subplots()
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), count in np.ndenumerate(counts):
-        axis.text(column, row, str(count), ha="center", va="center", color="white" if shares[row, column] > 0.6 else "black")
-    axis.set_xticks(range(len(class_names)), class_names, fontsize=8)
-    axis.set_yticks(range(len(class_names)), class_names, fontsize=8)
-    axis.set_xlabel("predicted", fontsize=9)
-    axis.set_ylabel("true", fontsize=9)
-    return figure
-
-
-def roc_figure(probabilities: Float[ndarray, "bags classes"], labels: Int[ndarray, " bags"], class_names: Sequence[str]) -> Figure:
-    """ROC curves: of the second class of two, or of each class against the rest. Classes without bags on both sides have none."""
-    figure = Figure(figsize=(4, 4), layout="constrained")
-    axis = figure.subplots()
-    axis.plot([0, 1], [0, 1], color="#999999", linewidth=0.8, linestyle="--")
-    for number in [1] if len(class_names) == 2 else range(len(class_names)):
-        truth = labels == number
-        if truth.any() and not truth.all():
-            false, true, _ = roc_curve(truth, probabilities[:, number])
-            area = roc_auc_score(truth, probabilities[:, number])
-            axis.plot(false, true, color=colour_of(number + 1), label=f"{class_names[number]}: {area:.3f}")
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8, title="area", loc="lower right")
-    axis.set_xlabel("false positive rate")
-    axis.set_ylabel("true positive rate")
-    axis.set_aspect("equal")
-    return figure
 
 
 def percentile_ranks(values: Float[ndarray, " tiles"]) -> Float[ndarray, " tiles"]:
@@ -76,9 +36,10 @@ def attention_slide_figure(
     side = 5.2
     figure = Figure(figsize=(2 * side + 1.2, side * shape + 0.9), layout="constrained")
     plain, heat = figure.subplots(1, 2)
-    colours = ScalarMappable(Normalize(0, 1), "magma")
-    for axis in (plain, heat):
-        axis.imshow(thumbnail, extent=(0, width, height, 0), interpolation="bilinear")
+    colours = ScalarMappable(Normalize(0, 1), "viridis")  # no colour of it is a stain's
+    grey = np.repeat(thumbnail.mean(-1, keepdims=True).astype(np.uint8), 3, -1)
+    for axis, picture in ((plain, thumbnail), (heat, grey)):
+        axis.imshow(picture, extent=(0, width, height, 0), interpolation="bilinear")
         axis.set_xlim(0, width)
         axis.set_ylim(height, 0)
         axis.set_axis_off()

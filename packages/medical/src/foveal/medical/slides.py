@@ -11,7 +11,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -189,12 +189,12 @@ class ArraySlide(Slide):
         with tifffile.TiffFile(self.source) as file:
             series = file.series[0]
             shapes = [_rows_and_columns(level.shape, level.axes) for level in series.levels]
-            tags = file.pages[0].tags
+            tags = file.pages.first.tags
             unit = int(tags["ResolutionUnit"].value) if "ResolutionUnit" in tags else 1
             resolution = tags["XResolution"].value if "XResolution" in tags else None
             described = re.search(r'PhysicalSizeX="([\d.eE+-]+)"', file.ome_metadata or "")
         self.height, self.width = shapes[0]
-        self._loaders = [lambda index=index: self._tiff_level(index) for index in range(len(shapes))]
+        self._loaders = [partial(self._tiff_level, index) for index in range(len(shapes))]
         self._factors = [self.height / rows for rows, _ in shapes]
         if described:
             return float(described[1])

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 import torch
@@ -204,7 +205,7 @@ def _fetched(repository: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=list(_FETCHED)))
     except Exception as error:  # the network has many ways to fail
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = shorten(str(error), 120, placeholder=" ...") or type(error).__name__
         raise UserError(
             f"expected to fetch {repository} from its hub; {reason}; download {', '.join(_FETCHED[2:])} elsewhere and name their folder"
         ) from None
@@ -220,7 +221,7 @@ def _from_open_clip(source: str) -> CLIP:
     try:
         model: Any = library.create_model(name, pretrained=tag)
     except Exception as error:  # the network has many ways to fail, and tags may be mistyped
-        raise UserError(f"expected open_clip to load {name} with {tag}; {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"expected open_clip to load {name} with {tag}; {shorten(str(error), 160, placeholder=' ...')}") from None
     state = {key.removeprefix("text."): value for key, value in model.state_dict().items()}
     sizes: dict[str, Any] = sizes_of(state, "open_clip")
     quick = type(next(iter(model.visual.transformer.resblocks)).mlp.gelu).__name__ == "QuickGELU"

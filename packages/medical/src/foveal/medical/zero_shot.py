@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,6 +14,8 @@ import pandas as pd
 import torch
 import yaml
 from jaxtyping import Float
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from foveal.core.checkpoint import load_weights
@@ -172,27 +175,35 @@ def _film(image: Any) -> Film:
 
 def zero_shot_command(
     images: Sequence[Path], *, prompts: Path | None, pairs: Path | None, output: Path | None, base: str, tokenizer: str | None, adapter: Path | None,
-    device: str = "auto", overwrite: bool = False, seed: int = 0, as_json: bool = False,
+    truth: Path | None = None, device: str = "auto", overwrite: bool = False, seed: int = 0, as_json: bool = False,
 ) -> int:  # fmt: skip
     """Classify images by sentences, or measure retrieval on a table of pairs. Returns the exit code."""
     torch.manual_seed(seed)
     if (prompts is None) == (pairs is None):
         raise UserError("expected one of --prompts FILE, to classify images, and --pairs TABLE, to find texts for images and images for texts")
-    if pairs is not None and images:
-        raise UserError("expected no images beside --pairs: its table names them")
+    if pairs is not None and (images or truth is not None):
+        raise UserError("expected neither images nor --truth beside --pairs: its table names them")
     said = None if prompts is None else read_prompts(prompts)
     if said is not None and not images:
         raise UserError("expected images to classify: files or folders before --prompts")
     places, cases = (collect_films(images), []) if said is not None else ([], _pairs_of(pairs))
-    folder, report = output_folder(output or Path("zero_shot"), overwrite=True), BatchReport()
+    labels = None
+    if truth is not None and said is not None:
+        from foveal.medical.film_truth import report_scores, truth_of  # torchmetrics takes seconds to import
+
+        labels = truth_of(truth, places, list(said))
+    folder, report = output or Path("zero_shot"), BatchReport()
     target = folder / (TABLE if said is not None else RETRIEVAL)
     if target.exists() and not overwrite:  # the model, which may be large, is not even read
         report.kept(target, [str(target)])
         return report.finish(as_json)
     asked = ZeroShot.from_pretrained(BaseChoice(base, tokenizer), adapter, device)
+    output_folder(folder, overwrite=True)
     note = "the base model is random: its answers mean nothing" if base.startswith("random:") else ""
     if said is not None:
-        _classify(asked, places, said, target, report, note)
+        shares = _classify(asked, places, said, target, report, note)
+        if labels is not None:
+            report_scores(report, shares, labels, list(said), target.with_suffix(".json"))
         return report.finish(as_json, {"seconds": ".1f"} | dict.fromkeys(said, ".3f"))
     with report.item(str(pairs)) as entry:
         found = _retrieve(asked, cases, target)
@@ -210,20 +221,28 @@ def _pairs_of(table: Path | None) -> list[PairCase]:
     return cases
 
 
-def _classify(asked: ZeroShot, places: Sequence[Path], prompts: Mapping[str, Sequence[str]], target: Path, report: BatchReport, note: str) -> None:
-    classes, names, rows = asked.class_vectors(prompts), list(prompts), []
-    for place in places:
+def _classify(
+    asked: ZeroShot, places: Sequence[Path], prompts: Mapping[str, Sequence[str]], target: Path, report: BatchReport, note: str
+) -> dict[Path, dict[str, float]]:
+    """Probabilities of every image that could be read, also as a table."""
+    classes, names = asked.class_vectors(prompts), list(prompts)
+    found: dict[Path, dict[str, float]] = {}
+    for place in track(places, "classifying", console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()):
         with report.item(place) as entry:
             started = time.perf_counter()
-            shares = asked.likeness(asked.image_vectors([place]), classes, names)
-            likeliest = max(shares, key=lambda name: shares[name])
-            rows.append({"film": str(place), "likeliest": likeliest, **shares})
+            found[place] = shares = asked.likeness(asked.image_vectors([place]), classes, names)
             entry.numbers |= {**shares, "seconds": time.perf_counter() - started}
-            entry.message = "; ".join(part for part in (likeliest, note) if part)
+            entry.message = "; ".join(part for part in (_likeliest(shares), note) if part)
             entry.outputs.append(str(target))
-    if rows:
+    if found:
+        rows = [{"film": str(place), "likeliest": _likeliest(shares), **shares} for place, shares in found.items()]
         with atomic_write(target) as temporary:
             pd.DataFrame(rows).to_csv(temporary, index=False, float_format="%.6f")
+    return found
+
+
+def _likeliest(shares: Mapping[str, float]) -> str:
+    return max(shares, key=lambda name: shares[name])
 
 
 def _retrieve(asked: ZeroShot, cases: Sequence[PairCase], target: Path) -> dict[str, float]:

@@ -65,9 +65,8 @@ class SceneSet(Dataset):
         scene = self.scenes[index]
         image, labels = read_picture(scene.picture), self.kind.read(scene)
         if image.shape[:2] != labels.shape:
-            raise UserError(
-                f"expected labels of the picture's size, {image.shape[1]} x {image.shape[0]}; {scene.labels} has {labels.shape[1]} x {labels.shape[0]}"
-            )
+            (height, width), size = labels.shape, f"{image.shape[1]} x {image.shape[0]}"
+            raise UserError(f"expected labels of the picture's size, {size}; {scene.labels} has {width} x {height}; mend or remove it")
         edge = boundaries(labels, self.kind.margin)
         if self.crop is not None:
             image, labels, edge = self._cut(image, labels, edge, self.crop)

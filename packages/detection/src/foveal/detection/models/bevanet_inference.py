@@ -35,7 +35,7 @@ def inference_form(model: BEVANet) -> BEVANet:
         _fold(answering)
     for parameter in answering.parameters():
         parameter.requires_grad_(False)
-    return answering.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return answering.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _fold(module: nn.Module) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -131,7 +133,8 @@ class LabelledBags(pl.LightningDataModule):
             rest, test = self._drawn(items, self.folds, self.fold, self.seed + self.repetition)
             chosen: list[BagItem] = []
             if self.validation:
-                rest, chosen = self._drawn(rest, max(2, round(1 / self.validation)), 0, self.seed + self.repetition)
+                most = max(Counter(item.label for item in rest).values())
+                rest, chosen = self._drawn(rest, max(2, min(round(1 / self.validation), most)), 0, self.seed + self.repetition)
             self._parts = {"train": rest, "validation": chosen, "test": test}
         if not self._parts["train"] or not self._parts["test"]:
             sizes = ", ".join(f"{len(part)} {name}" for name, part in self._parts.items())
@@ -154,6 +157,9 @@ class LabelledBags(pl.LightningDataModule):
         if len(set(subjects)) < folds:
             raise UserError(f"expected at least {folds} subjects for {folds} folds in {self.root}; found {len(set(subjects))}; set fewer folds")
         labels = [self.class_of[item.label] for item in items]
+        most = max(Counter(labels).values())
+        if most < folds:
+            raise UserError(f"expected at least {folds} bags of a class for {folds} folds in {self.root}; found {most}; set fewer folds")
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
         kept, held = list(splitter.split(items, labels, subjects))[fold]
         return [items[index] for index in kept], [items[index] for index in held]
@@ -180,7 +186,11 @@ class LabelledBags(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Whole bags to choose by; none where there are none."""
-        return self._whole("validation") if self.items("validation") else []
+        if self.items("validation"):
+            return self._whole("validation")
+        # Lightning asks whether that was meant.
+        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+        return []
 
     def test_dataloader(self) -> DataLoader:
         """Whole bags of the test part."""

@@ -129,8 +129,8 @@ def split_by_patient(cases: Sequence[Case], validation: float, test: float, seed
     free = [case for case in cases if case.part is None]
     if free:
         drawn = _drawn(free, (validation, test), seed)
-        for part, films in zip(("validation", "test", "train"), drawn, strict=True):
-            parts[part] = [*parts[part], *films]
+        for films, more in zip((parts["validation"], parts["test"], parts["train"]), drawn, strict=True):
+            films += more
     elif not parts["validation"]:
         parts["validation"], _, parts["train"] = _drawn(parts["train"], (validation, 0.0), seed)
     for part, others in (("validation", ("test",)), ("train", ("test", "validation"))):
@@ -221,7 +221,7 @@ class FilmFolders(pl.LightningDataModule):
         left = len(cases) - sum(map(len, parts.values()))
         if left:
             print(f"{left} films are left out of training: their patients are in the test or validation set too", file=sys.stderr)
-        plain = {"class_names": self.class_names, "preparation": self.preparation, "held": self.held}
+        plain: dict[str, Any] = {"class_names": self.class_names, "preparation": self.preparation, "held": self.held}
         self._parts = {
             "train": Films(parts["train"], augmentation=self.augmentation, balanced=self.balanced, **plain),
             "validation": Films(parts["validation"], **plain),

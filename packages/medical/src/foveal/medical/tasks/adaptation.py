@@ -69,7 +69,7 @@ class AdaptationTask(pl.LightningModule):
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._texts: list[str] = []
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The adapter's tensors alone."""
         return {key: value for key, value in super().state_dict(*args, **kwargs).items() if ".base." not in key}
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +15,8 @@ from numpy import ndarray
 from foveal.core import run_folder
 from foveal.core.files import atomic_write
 from foveal.medical.bag_metrics import bag_scores
-from foveal.medical.slide_plots import confusion_figure, roc_figure
+from foveal.medical.classification_metrics import confusion
+from foveal.medical.film_plots import confusion_figure, roc_figure
 from foveal.medical.tasks.segmentation_report import page
 
 
@@ -54,8 +54,7 @@ class BagReport:
 
     def figures(self) -> dict[str, Figure]:
         """Confusion matrix and ROC curves."""
-        counts = np.zeros((len(self.class_names), len(self.class_names)), int)
-        np.add.at(counts, (self.labels, self.probabilities.argmax(1)), 1)
+        counts = confusion(torch.from_numpy(self.probabilities), torch.from_numpy(self.labels)).numpy()
         return {"confusion": confusion_figure(counts, self.class_names), "roc": roc_figure(self.probabilities, self.labels, self.class_names)}
 
     def finish(self, trainer: pl.Trainer) -> Path | None:

@@ -1,7 +1,7 @@
 """Trained networks out of a run's checkpoint: ``python -m foveal.medical.tasks.export RUN/checkpoints/best.ckpt OUT.safetensors --card CARD.md``.
 
 What the network is and how images were prepared for it go into the header, so that ``foveal medical segment``, ``restore``, ``classify`` and
-``slide`` need nothing else.
+``slide`` need nothing else; ``zero-shot`` takes adapters.
 """
 
 from __future__ import annotations
@@ -64,14 +64,6 @@ def trained(checkpoint: str | Path) -> Trained:
     return Trained(system, config, run.weights, {"steps": str(run.steps), **_about(system, run)})
 
 
-def _adapter(run: TrainedRun) -> Trained:
-    """ACE-LoRA alone: what it adapts is named, not kept."""
-    config = ACELoRAConfig(**run.checkpoint["adapter"])
-    state = {key.removeprefix("network.adapter."): value for key, value in run.state.items()}
-    ACELoRA(config).load_state_dict(state)  # every key and shape is looked at
-    return Trained("ace_lora", config, state, {"steps": str(run.steps), "base": run.checkpoint["base"]})
-
-
 def _about(system: str, run: TrainedRun) -> dict[str, str]:
     data = run.settings["data"]["init_args"]
     if system == "rat":
@@ -88,6 +80,14 @@ def _about(system: str, run: TrainedRun) -> dict[str, str]:
         "classes": "|".join(data["class_names"]),
         "sequences": "flair|t1|t1ce|t2" if data.get("layout") == "brats" else "image",
     }
+
+
+def _adapter(run: TrainedRun) -> Trained:
+    """ACE-LoRA alone: what it adapts is named, not kept."""
+    config = ACELoRAConfig(**run.checkpoint["adapter"])
+    state = {key.removeprefix("adapter."): value for key, value in run.weights.items()}
+    ACELoRA(config).load_state_dict(state)  # every key and shape is looked at
+    return Trained("ace_lora", config, state, {"steps": str(run.steps), "base": run.checkpoint["base"]})
 
 
 def export(checkpoint: str | Path, target: str | Path, card: str | None = None, dtype: torch.dtype = torch.float16) -> Path:
