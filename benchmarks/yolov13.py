@@ -130,9 +130,9 @@ def authors_order(model: YOLOv13, fused: bool) -> YOLOv13:
 
 
 def trained(scale: str) -> YOLOv13:
-    """A network whose every branch counts: weights that keep the size of what goes through them, open gates, norms with statistics."""
+    """A network whose every branch counts: norms with the statistics of what goes through them, gates half open."""
     generator = torch.Generator().manual_seed(0)
-    model = YOLOv13(YOLOv13Config(scale)).eval().requires_grad_(False)
+    model = YOLOv13(YOLOv13Config(scale)).requires_grad_(False)
     for name, value in model.state_dict().items():
         if value.dim() > 1:
             value.normal_(0, value[0].numel() ** -0.5, generator=generator)
@@ -140,9 +140,16 @@ def trained(scale: str) -> YOLOv13:
             value.fill_(0.5)
         elif name.startswith("head.score") and name.endswith("bias"):
             value.zero_()  # scores about a half: near zero ONNX Runtime's sigmoid is right to 1e-7, not to seven digits
-        elif name.endswith("running_var"):
-            value.uniform_(0.8, 1.2, generator=generator)
-    return model
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    model.train()(torch.rand(2, 3, 320, 320, generator=generator))
+    return model.eval()
+
+
+def disagreement(actual: Tensor, expected: Tensor) -> float:
+    """Size of the difference over that of what varies from place to place: a network that says the same everywhere would agree with any."""
+    return float((actual - expected).norm() / (expected - expected.mean(2, keepdim=True)).norm())
 
 
 def session(network: nn.Module, image: Tensor) -> Callable[[], Tensor]:
@@ -168,11 +175,11 @@ def contestants(scale: str, size: int) -> Contestants:
     loaded, fused, ours = authors_order(model, False), authors_order(model, True), inference_form(model)
     exported = session(Exported(model, False).eval(), first)
     with torch.no_grad():
-        expected = loaded(first).decoded[:, 4:]
+        expected = loaded(first).decoded
         for name, actual in (("fused", fused(first).decoded), ("ours", ours(last).decoded), ("exported", exported())):
-            error = float((actual[:, 4:] - expected).norm() / expected.norm())
-            print(f"relative difference of the scores, {name}: {error:.1e}", file=sys.stderr)
-            assert error < 1e-4, "the forms disagree: their times cannot be compared"
+            boxes, scores = disagreement(actual[:, :4], expected[:, :4]), disagreement(actual[:, 4:], expected[:, 4:])
+            print(f"relative difference, {name}: boxes {boxes:.1e}, scores {scores:.1e}", file=sys.stderr)
+            assert max(boxes, scores) < 1e-4, "the forms disagree: their times cannot be compared"
 
     def run(network: nn.Module, image: Tensor) -> Callable[[], None]:
         return lambda: torch.no_grad()(network)(image)

@@ -81,13 +81,37 @@ def test_maps_layers_and_gradients_of_every_size_are_the_authors(golden: Any, dr
     parameters = dict(model.named_parameters())
     wanted = [key.removeprefix("grad_") for key in reference.arrays if key.startswith("grad_model.")]
     if name != "yolov13_n":
-        # Behind the attention of the large scales the stored single-precision gradients are not those of double precision; ours are.
+        # Behind the attention of the large scales the stored gradients are not the slopes of the function that the stored outputs are of.
         wanted = [key for key in wanted if int(key.split(".")[1]) >= 9]
     leaves = [parameters[names[key]] for key in wanted]
     if name == "yolov13_n":
         wanted, leaves = [*wanted, "in_x"], [*leaves, image]
     for key, grad in zip(wanted, torch.autograd.grad(probe, leaves), strict=True):
         assert float(grad.norm()) == pytest.approx(float(reference[f"grad_{key}"]), rel=1e-3), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["model.6.m.0.0.attn.qk.conv.weight", "model.6.m.0.0.attn.pe.conv.weight", "model.1.conv.weight"])
+def test_gradients_behind_the_attention_of_a_large_scale_are_slopes_of_its_outputs(golden: Any, draw: Any, key: str) -> None:
+    """The stored outputs of L are ours, and along our gradient they rise as steeply as its norm says; the stored norms are others."""
+    reference = golden("yolov13_l")
+    model = load_official("yolov13", {name: value.double() for name, value in reference.state(reference.about["state_dict"]).items()})
+    parameter = dict(model.named_parameters())[{theirs: ours for ours, theirs, _ in official_names(model)}[key]]
+    image = reference.tensor("in_x").double()
+
+    def probe() -> torch.Tensor:
+        maps = model.raw(image).maps
+        return torch.stack([(logits * draw(f"raw_{level}", tuple(logits.shape), "r:").double()).sum() for level, logits in enumerate(maps)]).sum()
+
+    (grad,) = torch.autograd.grad(probe(), [parameter])
+    step, norm = 1e-3, float(grad.norm())
+    with torch.no_grad():
+        parameter += step / norm * grad
+        above = float(probe())
+        parameter -= 2 * step / norm * grad
+        below = float(probe())
+    assert (above - below) / (2 * step) == pytest.approx(norm, rel=1e-3)
+    assert abs(norm / float(reference[f"grad_{key}"]) - 1) > 1e-3
 
 
 def test_the_published_size_gives_the_authors_prediction(golden: Any, draw: Any) -> None:

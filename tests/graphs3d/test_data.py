@@ -90,7 +90,7 @@ def test_labels_with_the_prefix_of_other_tools_are_taken():
         (lambda path: path / "none.extxyz", "does not exist"),
         (lambda path: path, "found none"),
         (lambda path: _text(path / "a.xyz", ""), "cannot be read|empty"),
-        (lambda path: _text(path / "a.lmdb", "x"), "pickled"),
+        (lambda path: _text(path / "a.lmdb", "x"), "cannot be read"),
         (lambda path: _text(path / "a.db", "not a database"), "cannot be read"),
         (lambda path: [], "list is empty"),
     ],

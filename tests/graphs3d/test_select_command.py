@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from foveal.apps import main
+from foveal.graphs3d import GAIS
 
 
 @pytest.fixture
@@ -82,6 +83,30 @@ def test_found_settings_are_taken_by_select(table, tmp_path, capsys):
     assert select(tmp_path, "parts.csv", "-o", str(tmp_path / "few.csv"), "--settings", str(found), "--no-report", "--json") == 0
     rows = json.loads(capsys.readouterr().out)["files"][0]["numbers"]
     assert rows["reduction %"] == pytest.approx(100 * document["settings"]["reduction"], abs=1)
+
+
+def test_ctrl_c_leaves_the_best_settings_until_then_and_the_code_of_a_stopped_command(table, tmp_path, monkeypatch, capsys):
+    fit, calls = GAIS.fit_resample, []
+
+    def interrupted(self, *arguments, **options):
+        calls.append(self)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return fit(self, *arguments, **options)
+
+    monkeypatch.setattr(GAIS, "fit_resample", interrupted)
+    found = tmp_path / "settings.json"
+    command = ["graphs3d", "search", str(tmp_path / "parts.csv"), "--target", "kind", "-o", str(found), "--trials", "5", "--classifier", "kNN"]
+    stop = 1
+    assert main.run(command) == 130
+    assert not found.exists()
+    calls.clear()
+    stop = 3
+    assert main.run(command) == 130
+    assert json.loads(found.read_text())["trials"] == 2
+    said = capsys.readouterr()
+    assert "best of 2 trials" in said.out
+    assert "trial 2: " in said.err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 import yaml
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
+from safetensors import safe_open
 
 from foveal.core.cli import FovealCLI
 from foveal.core.errors import UserError
@@ -211,3 +214,28 @@ def test_rate_rises_and_falls_to_a_hundredth_along_a_cosine():
     assert rates[:10] == sorted(rates[:10])
     assert rates[50] == pytest.approx(0.01 + 0.99 * 0.5)
     assert rates[100] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_two_batches_in_mixed_precision_give_finite_losses_and_master_weights_in_full(files, direct):
+    config = settings(files)
+    config["model"]["init_args"]["network"]["init_args"]["config"]["direct"] = direct
+    cli = run(files, "fit", config, "--trainer.precision", "bf16-mixed", "--trainer.max_steps", "2")
+    assert cli.trainer.global_step == 2
+    assert np.isfinite(float(cli.trainer.callback_metrics["train/loss"]))
+    assert all(parameter.dtype == torch.float32 and torch.isfinite(parameter).all() for parameter in cli.model.network.parameters())
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_potential_on_shares_of_the_data(files):
+    path = files / "config.yaml"
+    path.write_text(yaml.safe_dump(settings(files)))
+    options = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.enable_progress_bar", "false"]
+    command = [sys.executable, "-m", "foveal.apps.main", "graphs3d", "fit", "--config", str(path), "--runs", str(files / "runs"), *options]
+    done = subprocess.run([*command, "--trainer.max_epochs", "2"], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    written = list((files / "runs").rglob("potential.safetensors"))
+    assert len(written) == 1, "every process made a run of its own"
+    # Six structures, two a batch, two processes: one whole round of batches an epoch.
+    with safe_open(written[0], "pt") as weights:
+        assert weights.metadata()["steps"] == "2"

@@ -72,7 +72,7 @@ def test_logits_and_attention_equal_the_authors(reference, dtype, name, toleranc
 
 def test_features_inside_equal_the_authors(reference):
     model, found = loaded(reference), {}
-    model.branch_heads.register_forward_pre_hook(lambda _, inputs: found.update(branch=inputs[0]))
+    model.branch_heads.register_forward_pre_hook(lambda _, inputs: found.update(branch=inputs[0][0]))
     model.bag_head.register_forward_pre_hook(lambda _, inputs: found.update(bag=inputs[0]))
     model.reduce.register_forward_hook(lambda _, __, out: found.update(inner=out.relu()))
     with torch.no_grad():

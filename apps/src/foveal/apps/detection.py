@@ -1,4 +1,4 @@
-"""``foveal detection``: find objects in pictures and videos, check data, train, measure, export, convert the authors' checkpoints."""
+"""``foveal detection``: find objects, classes of pixels and turned heads in pictures, check data, train, measure, export, convert checkpoints."""
 
 from __future__ import annotations
 
@@ -58,6 +58,54 @@ def detect(
             pictures=not no_pictures,
             explain=explain,
             every=every,
+            device=device,
+            overwrite=overwrite,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+def segment(
+    sources: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: segmented.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights of a BEVANet (.safetensors); none come with the package.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Longer side that the network looks at; default: the picture's own, up to 2048.")] = None,
+    device: _Device = "auto",
+    overwrite: _Overwrite = False,
+    as_json: _Json = False,
+) -> None:
+    """Tell the class of every pixel: pictures under their classes' colours, and PNG files of class numbers."""
+    from foveal.detection.segment import segment_command
+
+    raise typer.Exit(
+        segment_command(sources, output=output, checkpoint=checkpoint, image_size=image_size, device=device, overwrite=overwrite, as_json=as_json)
+    )
+
+
+@app.command()
+def head_pose(
+    sources: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: head_poses.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights of a DirectMHP (.safetensors); none come with the package.")] = None,
+    score: Annotated[float, typer.Option(help="Least score of a head.")] = 0.3,
+    overlap: Annotated[float, typer.Option(help="Greatest intersection over union of two heads.")] = 0.45,
+    image_size: Annotated[int | None, typer.Option(help="Side that pictures are made to fit, a multiple of 64; default: the weights' own.")] = None,
+    device: _Device = "auto",
+    overwrite: _Overwrite = False,
+    as_json: _Json = False,
+) -> None:
+    """Find heads and where they are turned: pictures with each head's axes, and pitch, yaw and roll in degrees as JSON."""
+    from foveal.detection.head_pose import head_pose_command
+
+    raise typer.Exit(
+        head_pose_command(
+            sources,
+            output=output,
+            checkpoint=checkpoint,
+            score=score,
+            overlap=overlap,
+            image_size=image_size,
             device=device,
             overwrite=overwrite,
             as_json=as_json,

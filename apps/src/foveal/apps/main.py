@@ -22,7 +22,7 @@ DOMAINS = {
     "eeg": "Turn EEG into tokens and classes.",
     "detection": "Find objects in pictures and videos, with YOLOv13.",
     "memes": "Score memes for dark humour and harm, with reasons.",
-    "medical": "Segment and restore volumes and pictures, in their own geometry.",
+    "medical": "Segment and restore volumes and pictures in their own geometry, classify chest films and slides.",
     "graphs3d": "Predict energy, forces and stress of molecules and materials.",
 }
 

@@ -81,7 +81,7 @@ def detect_command(
         assert isinstance(model, YOLOv13)
         trained = model
     options = options or Options()
-    report, names, together = BatchReport(), _names(files), _Together(detector.names)
+    report, names, together = BatchReport(), result_names(files), _Together(detector.names)
     for number, file in enumerate(track(files, "detecting", console=Console(stderr=True), disable=not sys.stderr.isatty())):
         stem, video = names[file], file.suffix.lower() in VIDEOS
         wanted = _outputs(folder, stem, video, formats, pictures, explain and not video)
@@ -114,7 +114,7 @@ def detect_command(
     return report.finish(as_json, {"objects": ".0f", "frames": ".0f"})
 
 
-def _names(files: Sequence[Path]) -> dict[Path, str]:
+def result_names(files: Sequence[Path]) -> dict[Path, str]:
     """A name of its own for each file's results: its stem, with its folders or suffix where another file has the same."""
     stems: dict[str, list[Path]] = {}
     for file in files:

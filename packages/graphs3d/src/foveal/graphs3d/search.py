@@ -6,6 +6,7 @@ The published abstracts say that the hashing variants want it. A trial selects f
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,10 +67,12 @@ def search(
 ) -> tuple[dict[str, Any], optuna.Study]:
     """The best settings found, and the study.
 
-    With a `reduction` the accuracy on held-out rows is maximised; without one, accuracy times reduction.
+    With a `reduction` the accuracy on held-out rows is maximised; without one, accuracy times reduction. Ctrl-C ends the search; what was found
+    until then counts.
 
     Raises:
         UserError: Optuna is not installed, or the table is too small to hold rows out.
+        KeyboardInterrupt: before the first trial was done.
     """
     try:
         import optuna
@@ -99,8 +102,27 @@ def search(
     study = optuna.create_study(
         direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed), storage=storage, study_name="gais", load_if_exists=True
     )
-    study.optimize(objective, n_trials=trials)
+    try:
+        study.optimize(objective, n_trials=trials, callbacks=[_say])
+    except KeyboardInterrupt:
+        if not _done(study):
+            raise
+        study.set_user_attr("stopped", True)
+    else:
+        study.set_user_attr("stopped", False)
     return suggest(optuna.trial.FixedTrial(study.best_params), reduction, variant), study
+
+
+def _done(study: optuna.Study) -> int:
+    return sum(trial.value is not None for trial in study.trials)
+
+
+def _say(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    accuracy, reduction = (100 * trial.user_attrs[name] for name in ("accuracy", "reduction"))
+    best = ", the best so far" if study.best_trial.number == trial.number else ""
+    variant = trial.params.get("variant")
+    chosen = f" by {variant}" if variant else ""
+    print(f"trial {_done(study)}: {accuracy:.1f} % right with {reduction:.1f} % left out{chosen}{best}", file=sys.stderr)
 
 
 def search_command(
@@ -133,10 +155,11 @@ def search_command(
         overwrite: replace an existing file.
 
     Returns:
-        The exit code.
+        The exit code; 130 where Ctrl-C ended the search: the best settings until then are written all the same.
 
     Raises:
         UserError: the table, a column, or an option cannot be used.
+        KeyboardInterrupt: before the first trial was done.
     """
     place = output or Path(f"{source.stem}_settings.json")
     if place.exists() and not overwrite:
@@ -158,14 +181,14 @@ def search_command(
         "accuracy": best.user_attrs["accuracy"],
         "reduction": best.user_attrs["reduction"],
         "classifier": classifier,
-        "trials": len(found.trials),
+        "trials": _done(found),
         "seed": seed,
     }
     with atomic_write(place) as temporary:
         temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(
-        f"best of {len(found.trials)} trials: {100 * document['accuracy']:.1f} % of held-out rows right ({classifier}) "
+        f"best of {_done(found)} trials: {100 * document['accuracy']:.1f} % of held-out rows right ({classifier}) "
         f"with {100 * document['reduction']:.1f} % of the rows left out"
     )
     print(f"{place}: use it with foveal graphs3d select {source} --target {target} --settings {place}")
-    return 0
+    return 130 if found.user_attrs["stopped"] else 0

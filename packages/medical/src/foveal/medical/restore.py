@@ -26,8 +26,8 @@ from foveal.medical.models.rat import RAT
 from foveal.medical.plots import regions_figure, restoration_figure
 from foveal.medical.regions import region_volume, superpixels
 from foveal.medical.restoration_metrics import fidelity
-from foveal.medical.segment import collect_scans, names_of
-from foveal.medical.volumes import Volume, output_suffix, read_volume, stem_of, write_volume
+from foveal.medical.segment import collect_scans
+from foveal.medical.volumes import Volume, names_of, output_suffix, read_volume, stem_of, write_volume
 
 
 class Restorer:

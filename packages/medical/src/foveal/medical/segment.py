@@ -25,7 +25,7 @@ from foveal.medical.metrics import dice_scores, hausdorff95, mean_known
 from foveal.medical.plots import attention_figure, overlay_figure
 from foveal.medical.preparation import Preparation
 from foveal.medical.tasks.segmentation import labels_of
-from foveal.medical.volumes import DICOM, ITK, NIFTI, PICTURES, Volume, output_suffix, read_volume, stem_of, suffix_of, write_volume
+from foveal.medical.volumes import DICOM, ITK, NIFTI, PICTURES, Volume, names_of, output_suffix, read_volume, stem_of, suffix_of, write_volume
 
 #: What ships with the package; the card stands beside it.
 BUNDLED = Path(__file__).with_name("weights") / "hippocampus_small.safetensors"
@@ -250,18 +250,6 @@ def segment_command(
     columns = {"seconds": ".1f", "Dice": ".3f", "HD95 mm": ".1f"} | {f"{name} ml": ".2f" for name in segmenter.class_names}
     columns |= {f"{name} pixels": ".0f" for name in segmenter.class_names}
     return report.finish(as_json, columns)
-
-
-def names_of(places: Sequence[Path]) -> list[str]:
-    """Names of outputs: the file's, with its folder's before it where two are alike."""
-    stems = [stem_of(place.resolve()) for place in places]
-    names = [stem if stems.count(stem) == 1 else f"{place.resolve().parent.name}_{stem}" for place, stem in zip(places, stems, strict=True)]
-    seen: dict[str, int] = {}
-    out = []
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        out.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
-    return out
 
 
 def _escaped(name: str) -> str:

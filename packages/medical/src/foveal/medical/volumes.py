@@ -164,6 +164,18 @@ def output_suffix(volume: Volume) -> str:
     return suffix if suffix in (".nii", ".nii.gz") else ".nii.gz"
 
 
+def names_of(places: Sequence[Path]) -> list[str]:
+    """Names of outputs: the file's, with its folder's before it where two are alike."""
+    stems = [stem_of(place.resolve()) for place in places]
+    names = [stem if stems.count(stem) == 1 else f"{place.resolve().parent.name}_{stem}" for place, stem in zip(places, stems, strict=True)]
+    seen: dict[str, int] = {}
+    out = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        out.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return out
+
+
 def from_array(voxels: Shaped[ndarray, "i j k"], spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> Volume:
     """A volume of an array in RAS order."""
     return _finite(Volume(np.asarray(voxels), np.diag([*map(float, spacing), 1.0])))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from foveal.core.checkpoint import load_weights, save_weights
 from foveal.core.errors import UserError
-from foveal.core.official import Conversion
+from foveal.core.official import Conversion, read_official, state_dict_of
 from foveal.core.systems import PublishedSystems, System
-from foveal.detection.checkpoints import sdanet, yolov13
+from foveal.detection.checkpoints import bevanet, direct_mhp, sdanet, yolov13
 from foveal.detection.checkpoints.compact import completed
 from foveal.detection.checkpoints.released import Released, read_released
 from foveal.detection.models.yolov13 import YOLOv13, YOLOv13Config
@@ -36,7 +36,13 @@ class _Systems(PublishedSystems):
         return model.eval()
 
 
-_PUBLISHED = _Systems("detection", yolov13.YOLOV13, sdanet.SDANET, sdanet.SDANET_NECK)
+_PUBLISHED = _Systems("detection", yolov13.YOLOV13, sdanet.SDANET, sdanet.SDANET_NECK, bevanet.BEVANET, direct_mhp.DIRECT_MHP)
+#: Systems whose state dicts tell the sizes of their networks -> how they do.
+_SIZES: dict[str, Callable[[Mapping[str, Tensor]], dict[str, Any]]] = {
+    "yolov13": yolov13.sizes_of,
+    "bevanet": bevanet.sizes_of,
+    "direct_mhp": direct_mhp.sizes_of,
+}
 
 
 def systems() -> tuple[System, ...]:
@@ -48,10 +54,11 @@ def load_official(system: str, source: str | Path | Mapping[str, Tensor], **conf
     """Our model with the authors' weights, in eval mode.
 
     Args:
-        system: "yolov13", "sdanet" or "sdanet_neck".
+        system: "yolov13", "sdanet", "sdanet_neck", "bevanet" or "direct_mhp".
         source: the authors' released file (``yolov13n.pt``), or a state dict with their keys. float64 tensors give a float64 model.
         **config: of "yolov13" ``scale`` ("n", "s", "l", "x") and ``nc``, the number of classes; by default what the weights themselves say.
-            Of "sdanet" ``depth`` and ``classes``; the keys tell which of the two published codes wrote them.
+            Of "sdanet" ``depth`` and ``classes``; the keys tell which of the two published codes wrote them. Of "bevanet" and "direct_mhp" the
+            sizes by the authors' names (``planes``, ``num_classes``; ``width_multiple``, ``depth_multiple``); by default what the weights say.
 
     Raises:
         UserError: unknown system or keyword, an unreadable file, or keys that are missing, left over or misshapen.
@@ -61,10 +68,15 @@ def load_official(system: str, source: str | Path | Mapping[str, Tensor], **conf
 
 def _load(system: str, source: str | Path | Mapping[str, Tensor], config: dict[str, Any]) -> tuple[nn.Module, Conversion, list[str]]:
     """The model, the account of every key, and the names of the classes where the file tells them."""
-    if system != "yolov13":
+    if system not in _SIZES:
         return *_PUBLISHED.load_official(system, source, config), []
-    found = Released(dict(source)) if isinstance(source, Mapping) else read_released(source)
-    return *_PUBLISHED.load_official(system, found.state, {**yolov13.sizes_of(found.state), **config}), found.names
+    if isinstance(source, Mapping):
+        found = Released(dict(source))
+    elif system == "bevanet":
+        found = Released(state_dict_of(read_official(source)))
+    else:
+        found = read_released(source)
+    return *_PUBLISHED.load_official(system, found.state, {**_SIZES[system](found.state), **config}), found.names
 
 
 def to_official(system: str, model: nn.Module) -> dict[str, Tensor]:

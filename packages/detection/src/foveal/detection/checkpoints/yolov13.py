@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from foveal.core.errors import UserError
 from foveal.core.systems import Adapter, System
+from foveal.detection.checkpoints import naming
 from foveal.detection.models import blocks, heads, hyperace
 from foveal.detection.models.yolov13 import SCALES, YOLOv13, YOLOv13Config
 from foveal.kernels.nn import HyperedgeAttention
@@ -26,7 +27,7 @@ LAYERS = {
 }  # fmt: skip
 
 #: Class of ours -> what its children are called by the authors.
-_CHILDREN: dict[type[nn.Module], dict[str, str]] = {
+_CHILDREN: naming.PartNames = {
     blocks.ConvNorm: {"norm": "bn"},
     blocks.DSConv: {"depthwise": "dw", "pointwise": "pw", "norm": "bn"},
     blocks.DSBottleneck: {"first": "cv1", "second": "cv2"},
@@ -50,14 +51,7 @@ _CHILDREN: dict[type[nn.Module], dict[str, str]] = {
 
 def official_names(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """(key of ours, the authors' key, tensor) of everything in the module's state dict."""
-    for key, value in module.state_dict().items():
-        part: Any = module
-        names = []
-        for name in key.split("."):
-            children = next((table for kind, table in _CHILDREN.items() if isinstance(part, kind)), {})
-            names.append(children.get(name, name))
-            part = getattr(part, name)
-        yield key, ".".join(names), value
+    return naming.official_names(module, _CHILDREN)
 
 
 def _table(model: YOLOv13) -> dict[str, list[tuple[str, tuple[int, ...]]]]:

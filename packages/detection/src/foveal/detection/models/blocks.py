@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveal.kernels import attention
+from foveal.kernels.convolution import join
 
 #: Channels of one attention head of the network.
 HEAD_DIM = 32
@@ -121,9 +122,9 @@ class DSC3k2(nn.Module):
         self.blocks = nn.ModuleList(link() for _ in range(repeats))
         self.merge = ConvNorm((2 + repeats) * half, outputs)
 
-    def forward(self, x: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs height width"]:
-        """Map to map."""
-        parts = list(self.split(x).chunk(2, 1))
+    def forward(self, *maps: Float[Tensor, "batch some_inputs height width"]) -> Float[Tensor, "batch outputs height width"]:
+        """Map to map. Several are joined; one of half the size is doubled."""
+        parts = list(self.split(join(*maps)).chunk(2, 1))
         for block in self.blocks:
             parts.append(block(parts[-1]))
         return self.merge(torch.cat(parts, 1))

@@ -6,6 +6,7 @@ centre y, width, height in pixels. Cells stand level by level (strides 8, 16, 32
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -51,15 +52,19 @@ def anchor_points(
     shapes: Sequence[tuple[int, int]], like: Tensor, strides: Sequence[int] = STRIDES
 ) -> tuple[Float[Tensor, "2 cells"], Float[Tensor, " cells"]]:
     """Centres of the cells of all levels, in units of their stride, and their strides."""
+    return _anchor_points(tuple((int(height), int(width)) for height, width in shapes), like.dtype, like.device, tuple(strides))
+
+
+# Cached tensors are made outside inference mode: one made inside could not take part in training later on.
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _anchor_points(shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device, strides: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     points, sizes = [], []
     for (height, width), stride in zip(shapes, strides, strict=True):
-        y, x = torch.meshgrid(
-            torch.arange(height, device=like.device, dtype=like.dtype) + 0.5,
-            torch.arange(width, device=like.device, dtype=like.dtype) + 0.5,
-            indexing="ij",
-        )
+        places = (torch.arange(count, device=device, dtype=dtype) + 0.5 for count in (height, width))
+        y, x = torch.meshgrid(*places, indexing="ij")
         points.append(torch.stack((x.flatten(), y.flatten())))
-        sizes.append(like.new_full((height * width,), float(stride)))
+        sizes.append(torch.full((height * width,), float(stride), device=device, dtype=dtype))
     return torch.cat(points, 1), torch.cat(sizes)
 
 
@@ -92,6 +97,8 @@ class Detect(nn.Module):
         )
         # The authors keep the constants 0..15 as a frozen weight, which counts among the parameters.
         self.bins = nn.Parameter(torch.arange(float(BINS)), requires_grad=False)
+        #: Boxes and classes of all levels by one module: what the inference form has in place of `box` and `score`.
+        self.at_once: nn.Module | None = None
         self._start_biases()
 
     def _start_biases(self) -> None:
@@ -102,6 +109,8 @@ class Detect(nn.Module):
 
     def raw(self, levels: Sequence[Float[Tensor, "batch channels height width"]]) -> RawPrediction:
         """Logits of every level."""
+        if self.at_once is not None:
+            return RawPrediction(tuple(self.at_once(*levels)))
         maps = [torch.cat((box(x), score(x)), 1) for x, box, score in zip(levels, self.box, self.score, strict=True)]
         return RawPrediction(tuple(maps))
 
@@ -109,11 +118,12 @@ class Detect(nn.Module):
         self, maps: Sequence[Tensor]
     ) -> tuple[Float[Tensor, "batch 4 cells"], Float[Tensor, "batch classes cells"], Float[Tensor, "2 cells"], Float[Tensor, " cells"]]:
         """Distances in strides to left, top, right, bottom; class logits; and the cells' centres and strides."""
-        flat = torch.cat([x.flatten(2) for x in maps], 2)
-        boxes, scores = flat.split((4 * BINS, self.classes), 1)
-        weights = boxes.unflatten(1, (4, BINS)).softmax(2)
-        centres, strides = anchor_points([(x.shape[2], x.shape[3]) for x in maps], flat)
-        return torch.einsum("bsnc,n->bsc", weights, self.bins.to(weights.dtype)), scores, centres, strides
+        # Cell by cell: views where memory is channels last, and a distribution's numbers stand together.
+        rows = [x.permute(0, 2, 3, 1).flatten(1, 2) for x in maps]
+        boxes = torch.cat([x[..., : 4 * BINS] for x in rows], 1).unflatten(2, (4, BINS))
+        scores = torch.cat([x[..., 4 * BINS :] for x in rows], 1)
+        centres, strides = anchor_points([(x.shape[2], x.shape[3]) for x in maps], boxes)
+        return (boxes.softmax(3) @ self.bins.to(boxes.dtype)).transpose(1, 2), scores.transpose(1, 2), centres, strides
 
     def decode(self, raw: RawPrediction) -> Prediction:
         """Pixels and probabilities."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -142,8 +141,8 @@ class YOLOv13(nn.Module):
         else:
             self.head = (OrientedDetect if config.task == "oriented" else Detect)(levels, config.classes)
 
-    def _stage(self, name: str, x: Tensor) -> Tensor:
-        y = getattr(self, name)(x)
+    def _stage(self, name: str, *maps: Tensor) -> Tensor:
+        y = getattr(self, name)(*maps)
         return self.attend[name](y) if name in self.attend else y
 
     def levels(self, image: Float[Tensor, "batch 3 height width"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,13 +163,13 @@ class YOLOv13(nn.Module):
         p5 = self.backbone_tunnel5(p5, found5)
 
         # The level below takes what stands before the tunnel, both on the way down and up.
-        down4 = self.top_down4(_join(_double(p5), p4))
+        down4 = self.top_down4(p5, p4)
         inner4 = self.neck_tunnel4(down4, found)
         # Doubling and a 1 x 1 convolution commute; the authors convolve afterwards, at four times the places.
-        level3 = self.neck_tunnel3(self._stage("neck3", _join(_double(down4), p3)), _double(self.correlations3(found)))
-        up4 = self._stage("neck4", _join(self.up4(level3), inner4))
+        level3 = self.neck_tunnel3(self._stage("neck3", down4, p3), _double(self.correlations3(found)))
+        up4 = self._stage("neck4", self.up4(level3), inner4)
         level4 = self.head_tunnel4(up4, found)
-        level5 = self.head_tunnel5(self._stage("neck5", _join(self.up5(up4), p5)), found5)
+        level5 = self.head_tunnel5(self._stage("neck5", self.up5(up4), p5), found5)
         return level3, level4, level5
 
     def raw(self, image: Float[Tensor, "batch 3 height width"]) -> RawPrediction:
@@ -184,7 +183,3 @@ class YOLOv13(nn.Module):
 
 def _double(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0)
-
-
-def _join(*maps: Tensor) -> Tensor:
-    return torch.cat(maps, 1)

@@ -6,19 +6,63 @@ are read.
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-import yaml
+from torch import Tensor
 
 from foveal.core.checkpoint import save_weights
 from foveal.core.errors import UserError
-from foveal.core.run_folder import run_of
+from foveal.core.exporting import export_command, read_run
 from foveal.detection.checkpoints.compact import compact
 from foveal.detection.data.labels import read_labels
+from foveal.detection.data.scenes import scene_folder
+from foveal.detection.models.bevanet import BEVANet, BEVANetConfig
+from foveal.detection.models.direct_mhp import DirectMHP, DirectMHPConfig
 from foveal.detection.models.yolov13 import YOLOv13, YOLOv13Config
+
+
+class _Trained(NamedTuple):
+    """What a file of weights holds."""
+
+    system: str
+    config: Any
+    state: Mapping[str, Tensor]
+    metadata: dict[str, str]
+
+
+def _detector(config: dict[str, Any], data: dict[str, Any], state: dict[str, Tensor]) -> _Trained:
+    labels = read_labels(data["source"] or data["train"], data["train"], images=data.get("images"), names=data.get("names"))
+    network = YOLOv13(YOLOv13Config(**config))
+    network.load_state_dict(state)
+    return _Trained("yolov13", network.config, compact(network), {"names": json.dumps(labels.names), "image_size": str(data["image_size"])})
+
+
+def _segmenter(config: dict[str, Any], data: dict[str, Any], state: dict[str, Tensor]) -> _Trained:
+    """Without the heads that only training needs."""
+    kind = scene_folder(data["source"], data["layout"], data["names"])
+    network = BEVANet(replace(BEVANetConfig(**config), auxiliary=False))
+    own = network.state_dict()
+    network.load_state_dict({key: value for key, value in state.items() if key in own})
+    return _Trained("bevanet", network.config, network.state_dict(), {"names": json.dumps(kind.names), "colours": json.dumps(kind.colours)})
+
+
+def _head_poser(config: dict[str, Any], data: dict[str, Any], state: dict[str, Tensor]) -> _Trained:
+    network = DirectMHP(DirectMHPConfig(**config))
+    network.load_state_dict(state)
+    return _Trained("direct_mhp", network.config, network.state_dict(), {"image_size": str(data["image_size"])})
+
+
+_KINDS: dict[str, Callable[[dict[str, Any], dict[str, Any], dict[str, Tensor]], _Trained]] = {
+    "DetectionTask": _detector,
+    "SegmentationTask": _segmenter,
+    "HeadPoseTask": _head_poser,
+}
 
 
 def export(checkpoint: str | Path, target: str | Path, card: str | None = None, dtype: torch.dtype = torch.float16) -> Path:
@@ -33,26 +77,13 @@ def export(checkpoint: str | Path, target: str | Path, card: str | None = None, 
     Raises:
         UserError: not a checkpoint in a run's folder, or of another network.
     """
-    run = run_of(checkpoint)
-    if run is None:
-        raise UserError(f"expected a checkpoint in the checkpoints folder of a run, beside its config.yaml; got {checkpoint}")
-    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    config = YOLOv13Config(**settings["model"]["init_args"]["config"])
-    data = settings["data"]["init_args"]
-    labels = read_labels(data["source"] or data["train"], data["train"], images=data.get("images"), names=data.get("names"))
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    state = {key.removeprefix("network."): value for key, value in saved["state_dict"].items() if key.startswith("network.")}
-    network = YOLOv13(config)
-    network.load_state_dict(state)
-    metadata = {"names": json.dumps(labels.names), "image_size": str(data["image_size"]), "steps": str(saved["global_step"])}
-    return save_weights(target, compact(network), system="yolov13", config=config, card=card, dtype=dtype, metadata=metadata)
+    run = read_run(checkpoint)
+    if run.task not in _KINDS:
+        raise UserError(f"expected a run of {', '.join(_KINDS)}; {run.folder} is one of {run.task}, whose weights are used from its checkpoint")
+    trained = _KINDS[run.task](run.settings["model"]["init_args"]["config"], run.settings["data"]["init_args"], run.weights)
+    metadata = {**trained.metadata, "steps": str(run.steps)}
+    return save_weights(target, trained.state, system=trained.system, config=trained.config, card=card, dtype=dtype, metadata=metadata)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write the trained network of a run as safetensors, in half precision.")
-    parser.add_argument("checkpoint", type=Path, help="last.ckpt or best.ckpt in a run's folder")
-    parser.add_argument("target", type=Path, help="file to write, ending in .safetensors")
-    parser.add_argument("--card", type=Path, help="Markdown file to put beside it")
-    arguments = parser.parse_args()
-    text = None if arguments.card is None else arguments.card.read_text(encoding="utf-8")
-    print(export(arguments.checkpoint, arguments.target, text))
+    sys.exit(export_command(export, "Write the trained network of a run as safetensors, in half precision."))

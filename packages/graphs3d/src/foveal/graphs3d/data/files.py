@@ -4,9 +4,10 @@ Labels are energy (eV), forces (eV/A) and stress (eV/A^3), under ASE's names or 
 The published sets, each a folder that is named as `train`:
 
 - OMat24 (Barroso-Luque et al., 2024; 110 M structures, CC BY 4.0) and sAlex: folders of ``.aselmdb`` shards.
-- MPtrj (Deng et al., 2023; 1.6 M structures, MIT): ``.aselmdb`` shards, or extended xyz as Matbench Discovery gives them out.
-- OC20 S2EF (Chanussot et al., 2021; CC BY 4.0): the unpacked ``s2ef_train_2M`` folder of ``.extxyz`` (or ``.extxyz.xz``) files. Their energies are
-  total ones; fixed atoms are marked and their forces not learned.
+- MPtrj (Deng et al., 2023; 1.6 M structures, MIT): ``MPtrj_2022.9_full.json`` as published, ``.aselmdb`` shards, or extended xyz as Matbench
+  Discovery gives them out.
+- OC20 S2EF (Chanussot et al., 2021; CC BY 4.0): the unpacked ``s2ef_train_2M`` folder of ``.extxyz`` (or ``.extxyz.xz``) files, whose energies are
+  total ones, or its LMDB shards, whose energies are what their makers chose. Fixed atoms are marked and their forces not learned.
 """
 
 from __future__ import annotations

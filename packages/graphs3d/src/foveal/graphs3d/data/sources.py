@@ -3,13 +3,17 @@
 - Whatever ASE reads at once: extended xyz (``.xz`` and ``.gz`` too), trajectories, vasprun.xml.
 - ASE databases (``.db``), read row by row.
 - LMDB databases in ASE's layout (``.aselmdb``), alone or as a folder of shards, as OMat24, sAlex, MPtrj and OC20 are published today; read row by
-  row with ``foveal-graphs3d[lmdb]``. The older LMDB files of OC20 hold pickles and are refused; its extended xyz files are not.
+  row with ``foveal-graphs3d[lmdb]``.
+- The older LMDB files of OC20 (``.lmdb``), whose rows are pickles; nothing but structures is taken from them, see `oc20`.
+- MPtrj's JSON file; see `mptrj`.
 - Folders of any of these, subfolders included.
 """
 
 from __future__ import annotations
 
 import bisect
+import os
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -19,10 +23,12 @@ import ase.db
 import numpy as np
 
 from foveal.core.errors import UserError
+from foveal.graphs3d.data.mptrj import JsonFrames, is_mptrj
+from foveal.graphs3d.data.oc20 import PickledRows
 from foveal.graphs3d.data.structures import SUFFIXES, read_structures
 
 _DATABASES = (".db", ".aselmdb")
-_FOLDER = (*SUFFIXES, ".aselmdb", ".extxyz.xz", ".extxyz.gz", ".xyz.xz", ".xyz.gz")
+_FOLDER = (*SUFFIXES, ".aselmdb", ".lmdb", ".extxyz.xz", ".extxyz.gz", ".xyz.xz", ".xyz.gz")
 
 
 class DatabaseRows(Sequence[ase.Atoms]):
@@ -37,7 +43,7 @@ class DatabaseRows(Sequence[ase.Atoms]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._database = _connect(path)
+        self._database, self._process = _connect(path), os.getpid()
         try:
             ids = self._database.ids if path.suffix == ".aselmdb" else [row.id for row in self._database.select(columns=["id"])]
         except Exception as error:  # the backends raise whatever their file makes them
@@ -56,6 +62,8 @@ class DatabaseRows(Sequence[ase.Atoms]):
     def __getitem__(self, index: int | slice) -> ase.Atoms | list[ase.Atoms]:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
+        if self._process != os.getpid():
+            self._database, self._process = _connect(self.path), os.getpid()
         return self._database.get(id=int(self._ids[index])).toatoms()
 
     def __getstate__(self) -> dict:
@@ -64,7 +72,11 @@ class DatabaseRows(Sequence[ase.Atoms]):
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._database = _connect(self.path)
+        self._database, self._process = _connect(self.path), os.getpid()
+
+
+#: LMDB lets a process open a file only once.
+_OPEN: weakref.WeakValueDictionary[tuple[str, int], Any] = weakref.WeakValueDictionary()
 
 
 def _connect(path: Path) -> Any:
@@ -74,7 +86,15 @@ def _connect(path: Path) -> Any:
         from ase_db_backends.aselmdb import LMDBDatabase
     except ImportError:
         raise UserError(f"expected ase-db-backends to read {path}; it is not installed; pip install 'foveal-graphs3d[lmdb]'") from None
-    return LMDBDatabase(path, readonly=True)
+    key = (str(path.resolve()), os.getpid())
+    opened = _OPEN.get(key)
+    if opened is None:
+        inherited = [database for (name, _), database in list(_OPEN.items()) if name == key[0]]
+        if inherited:
+            # A forked worker can neither use its parent's environment nor open another beside it; closed, the database opens its own.
+            inherited[0]._env.close()
+        _OPEN[key] = opened = inherited[0] if inherited else LMDBDatabase(path, readonly=True)
+    return opened
 
 
 class Joined(Sequence[ase.Atoms]):
@@ -105,7 +125,7 @@ def open_structures(place: str | Path | Sequence[str]) -> Sequence[ase.Atoms]:
     """The structures of a file, of a folder (subfolders too, in the order of names), or of several of them.
 
     Raises:
-        UserError: nothing there, an unreadable file, an empty one, or one that holds pickles.
+        UserError: nothing there, an unreadable file, or an empty one.
     """
     if not isinstance(place, (str, Path)):
         if not place:
@@ -114,16 +134,13 @@ def open_structures(place: str | Path | Sequence[str]) -> Sequence[ase.Atoms]:
     path = Path(place)
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.is_file() and file.name.lower().endswith(_FOLDER))
-        if not found and list(path.rglob("*.lmdb")):
-            found = sorted(path.rglob("*.lmdb"))
         if not found:
             raise UserError(f"expected files of structures ({', '.join(_FOLDER)}) in folder {path}; found none; name another folder")
         return Joined([open_structures(file) for file in found])
     if not path.exists():
         raise UserError(f"expected structures in {path}; it does not exist; check the path")
     if path.suffix == ".lmdb":
-        raise UserError(
-            f"expected structures that are no pickles; {path} is OC20's older LMDB of pickled objects, which can run code; "
-            "use the extended xyz files of the same release, or .aselmdb"
-        )
+        return PickledRows(path)
+    if path.suffix == ".json" and is_mptrj(path):
+        return JsonFrames(path)
     return DatabaseRows(path) if path.suffix in _DATABASES else read_structures(path)

@@ -11,6 +11,8 @@ the fewest points on which products are exact.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import sqrt
 from typing import NamedTuple
@@ -32,6 +34,7 @@ from foveal.graphs3d.models.equivariant import (
     swiglu,
 )
 from foveal.graphs3d.models.harmonics import edge_frames, spherical_harmonics, truncation_rescale
+from foveal.graphs3d.models.messages import into_frames, sum_out_of_frames
 from foveal.graphs3d.models.sphere import sphere_grid
 from foveal.kernels import CSR, segment_attention, segment_reduce
 
@@ -269,9 +272,9 @@ class GraphAttention(nn.Module):
         """What each atom takes from its neighbours."""
         config = self.config
         weights = self.invariants(edges).view(-1, config.lmax + 1, 2 * config.channels)
-        pair = torch.cat((x[edges.source], x[edges.target]), 2)
+        pair = into_frames(edges.frames, x, edges.source, edges.target, edges.csr.indptr)
         # The weights are the same for all orders of a degree, so they may follow the rotation, which leaves fewer.
-        zero, *pairs = by_order(torch.bmm(edges.frames, pair), config.lmax, config.mmax)
+        zero, *pairs = by_order(pair, config.lmax, config.mmax)
         message, extra = self.mix([zero * weights, *(part * weights[:, None, m:] for m, part in enumerate(pairs, 1))])
         alpha, scalars = extra.split(self.split, 1)
         if self.sphere:
@@ -279,9 +282,8 @@ class GraphAttention(nn.Module):
         else:
             message = gated(message, scalars, config.lmax, config.mmax)
         message, _ = self.value(by_order(message, config.lmax, config.mmax))
-        share = self.dropout(self._weights(alpha, edges)).to(message.dtype)
-        message = (message.unflatten(2, (config.heads, config.value_channels)) * share.view(-1, 1, config.heads, 1)).flatten(2)
-        taken = edges.sum(torch.bmm(edges.frames.transpose(1, 2), message))
+        shares = self.dropout(self._weights(alpha, edges))
+        taken = sum_out_of_frames(edges.frames, message, shares, edges.target, edges.csr.indptr)
         return self.project(taken * truncation_rescale(config.lmax, config.mmax, taken.dtype, taken.device).unsqueeze(1))
 
     def _weights(self, alpha: Float[Tensor, "edges channels"], edges: Edges) -> Float[Tensor, "edges heads"]:
@@ -452,7 +454,8 @@ class EquiformerV3(nn.Module):
             # Tensors made under inference mode cannot be differentiated; a copy can.
             numbers, cell, edge_index, edge_offsets, batch = (tensor.clone() for tensor in (numbers, cell, edge_index, edge_offsets, batch))
             positions = positions if positions.requires_grad and keep else positions.detach().clone().requires_grad_()
-            prediction = self._gradient(numbers, positions, cell, edge_index, edge_offsets, batch, keep)
+            with nullcontext() if keep else _frozen(self):
+                prediction = self._gradient(numbers, positions, cell, edge_index, edge_offsets, batch, keep)
         return prediction if keep else prediction.detach()
 
     def _gradient(
@@ -497,7 +500,7 @@ class EquiformerV3(nn.Module):
         if len(distance) and not bool((distance > 1e-4).all()):
             edge = int((~(distance > 1e-4)).nonzero()[0])
             raise ValueError(
-                f"atoms {int(source[edge])} and {int(target[edge])} are {float(distance[edge]):.1g} A apart; expected finite positions that differ"
+                f"atoms {int(source[edge])} and {int(target[edge])} are {distance[edge].item():.1g} A apart; expected finite positions that differ"
             )
         frames = edge_frames(vectors / distance.unsqueeze(1), config.lmax, config.mmax, config.snap_axis and not config.direct)
         radial = gaussian_basis(distance, config.cutoff, config.radial)
@@ -539,6 +542,19 @@ class EquiformerV3(nn.Module):
             raise ValueError(f"atomic numbers must be below {self.config.max_elements}; got {int(numbers.min())} to {int(numbers.max())}")
         if denoising is not None and not self.config.denoising:
             raise ValueError("denoising inputs are for the denoising form (config.denoising); this model has no such head")
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Parameters without gradients, so that no layer keeps its input for theirs."""
+    learned = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
 
 
 def _vectors(positions: Tensor, cell: Tensor, edge_index: Tensor, offsets: Tensor, batch: Tensor) -> Float[Tensor, "edges 3"]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import sqrt
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -105,9 +106,10 @@ class OrderLinear(nn.Module):
         extra, zero = self.zero(parts[0].flatten(1)).split([self.extra, (self.lmax + 1) * self.outputs], 1)
         mixed = [zero.unflatten(1, (self.lmax + 1, self.outputs))]
         for m, (order, part) in enumerate(zip(self.orders, parts[1:], strict=True), 1):
-            real, imaginary = order(part.flatten(2)).chunk(2, -1)
-            pair = (real[:, 0] - imaginary[:, 1], real[:, 1] + imaginary[:, 0])
-            mixed += [one.unflatten(1, (self.lmax + 1 - m, self.outputs)) for one in pair]
+            real, imaginary = cast(nn.Linear, order).weight.chunk(2)
+            # A complex product as a real one, on +m and -m side by side.
+            matrix = torch.cat((torch.cat((real, -imaginary), 1), torch.cat((imaginary, real), 1)))
+            mixed.append(F.linear(part.flatten(1), matrix).unflatten(1, (2 * (self.lmax + 1 - m), self.outputs)))
         return torch.cat(mixed, 1), extra
 
 

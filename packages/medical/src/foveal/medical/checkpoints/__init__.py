@@ -48,7 +48,15 @@ class _MedicalSystems(PublishedSystems):
 
 
 _PUBLISHED = _MedicalSystems(
-    "medical", guided_attention.MSA_GUIDED, rat.RAT_SYSTEM, mhs_vm.MHS_VM, acmil.ACMIL_GA, acmil.ACMIL_MHA, ace_lora.ACE_LORA, ace_lora.BIOMED_CLIP
+    "medical",
+    guided_attention.MSA_GUIDED,
+    rat.RAT_SYSTEM,
+    mhs_vm.MHS_VM,
+    acmil.ACMIL_GA,
+    acmil.ACMIL_MHA,
+    ace_lora.ACE_LORA,
+    ace_lora.BIOMED_CLIP,
+    ace_lora.OPEN_CLIP,
 )
 
 

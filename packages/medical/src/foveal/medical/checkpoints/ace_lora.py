@@ -1,4 +1,4 @@
-"""Keys of ACE-LoRA's adapter files, whose tensors stand in nested dictionaries, and of BiomedCLIP as open_clip saves it."""
+"""Keys of ACE-LoRA's adapter files, whose tensors stand in nested dictionaries, and of BiomedCLIP and CLIP as open_clip saves them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from foveal.core.systems import Adapter, System
 from foveal.medical.checkpoints.prefixes import table_by_prefix
 from foveal.medical.models.ace_lora import ACELoRA, ACELoRAConfig
 from foveal.medical.models.biomed_clip import BiomedCLIP, BiomedCLIPConfig
+from foveal.medical.models.clip import CLIP, CLIPConfig
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -92,6 +93,22 @@ def _base_table(model: BiomedCLIP) -> dict[str, list[Source]]:
     return table
 
 
+def _clip_table(model: CLIP) -> dict[str, list[Source]]:
+    prefixes = {
+        "log_scale": "logit_scale", "image.patches": "visual.conv1", "image.class_token": "visual.class_embedding",
+        "image.positions": "visual.positional_embedding", "image.norm_before": "visual.ln_pre", "image.norm": "visual.ln_post",
+        "image.project": "visual.proj", "text.words": "token_embedding", "text.positions": "positional_embedding", "text.norm": "ln_final",
+        "text.project": "text_projection",
+    }  # fmt: skip
+    for tower, layers in (("image", model.config.image_layers), ("text", model.config.text_layers)):
+        for layer in range(layers):
+            ours, theirs = f"{tower}.blocks.{layer}", f"{'visual.' if tower == 'image' else ''}transformer.resblocks.{layer}"
+            prefixes |= {f"{ours}.norm1": f"{theirs}.ln_1", f"{ours}.norm2": f"{theirs}.ln_2", f"{ours}.attention.project": f"{theirs}.attn.out_proj"}
+            prefixes |= {f"{ours}.attention.qkv.{leaf}": f"{theirs}.attn.in_proj_{leaf}" for leaf in ("weight", "bias")}
+            prefixes |= {f"{ours}.mlp.0": f"{theirs}.mlp.c_fc", f"{ours}.mlp.2": f"{theirs}.mlp.c_proj"}
+    return table_by_prefix(model, prefixes)
+
+
 _SIZES = {field.name: field.name for field in fields(BiomedCLIPConfig)}
 
 BIOMED_CLIP = Adapter(
@@ -109,6 +126,24 @@ BIOMED_CLIP = Adapter(
     model=BiomedCLIP,
     keywords=_SIZES,
     unused={r"text\.transformer\.embeddings\.position_ids": "numbers of positions, which are counted", r"text\.transformer\.pooler\..*": "not used"},
+)
+
+OPEN_CLIP = Adapter(
+    system=System(
+        name="open_clip",
+        title="vision-language models of CLIP's make, as open_clip saves them, for ACE-LoRA to adapt",
+        paper="Radford et al.: Learning Transferable Visual Models From Natural Language Supervision, 2021 (arXiv:2103.00020)",
+        parameters=151_277_313,
+        repository="github.com/mlfoundations/open_clip",
+        licence="MIT",
+    ),
+    config=CLIPConfig,
+    build=lambda config, official: CLIP(config),
+    table=_clip_table,
+    model=CLIP,
+    keywords={field.name: field.name for field in fields(CLIPConfig)},
+    unused={r"attn_mask": "the causal mask, which is known"},
+    renames={r"^text\.": ""},
 )
 
 ACE_LORA = Adapter(

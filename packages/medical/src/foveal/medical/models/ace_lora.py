@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveal.medical.models.biomed_clip import BiomedCLIP, Tokens
+from foveal.medical.models.clip import CLIP
 from foveal.medical.models.low_rank import LowRank
 
 
@@ -180,7 +181,7 @@ class AdaptedCLIP(nn.Module):
         ValueError: sizes of the two that do not fit.
     """
 
-    def __init__(self, base: BiomedCLIP, adapter: ACELoRA) -> None:
+    def __init__(self, base: BiomedCLIP | CLIP, adapter: ACELoRA) -> None:
         super().__init__()
         for name in ("text_layers", "text_width", "image_layers", "image_width", "width"):
             of_base, of_adapter = getattr(base.config, name), getattr(adapter.config, name)

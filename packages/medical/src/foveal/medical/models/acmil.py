@@ -10,6 +10,8 @@ into the queries and values into what was pooled, and the bag's own pooling is t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
@@ -80,8 +82,29 @@ class BagOutput(NamedTuple):
         return self.attention.softmax(-1).mean((0, 1))
 
 
+class BagsOutput(NamedTuple):
+    """What several bags give whose instances stand one bag behind the other.
+
+    Attributes:
+        branch_logits: of each branch of each bag; for training only.
+        bag_logits: the predictions.
+        attention: logits over the instances of all bags; see `BagOutput`.
+        lengths: instances of each bag.
+    """
+
+    branch_logits: Float[Tensor, "bags branches classes"]
+    bag_logits: Float[Tensor, "bags classes"]
+    attention: Float[Tensor, "heads branches instances"]
+    lengths: tuple[int, ...]
+
+    def bags(self) -> list[BagOutput]:
+        """Each bag's own output."""
+        parts = self.attention.split(list(self.lengths), dim=-1)
+        return [BagOutput(branch, bag[None], part) for branch, bag, part in zip(self.branch_logits, self.bag_logits, parts, strict=True)]
+
+
 class BagLosses(NamedTuple):
-    """The parts of the loss, and their sum."""
+    """The parts of the loss, and their sum; means over bags."""
 
     bag: Float[Tensor, ""]
     branch: Float[Tensor, ""]
@@ -89,20 +112,25 @@ class BagLosses(NamedTuple):
     total: Float[Tensor, ""]
 
 
-def acmil_loss(output: BagOutput, label: Int[Tensor, "1"]) -> BagLosses:
+def acmil_loss(output: BagOutput | BagsOutput, labels: Int[Tensor, " bags"]) -> BagLosses:
     """Cross-entropy of the bag, mean cross-entropy of its branches, and mean cosine between the attention of any two of them; each weighs 1.
 
-    With one branch only the first is there, as in the released code.
+    With one branch only the first is there, as in the released code. Of several bags each part is the mean over them.
     """
-    branches = output.branch_logits.shape[0]
-    bag = F.cross_entropy(output.bag_logits, label)
+    if isinstance(output, BagOutput):
+        output = BagsOutput(output.branch_logits[None], output.bag_logits, output.attention, (output.attention.shape[-1],))
+    branches = output.branch_logits.shape[1]
+    bag = F.cross_entropy(output.bag_logits, labels)
     if branches == 1:
         zero = torch.zeros_like(bag)
         return BagLosses(bag, zero, zero, bag)
-    branch = F.cross_entropy(output.branch_logits, label.expand(branches))
+    branch = F.cross_entropy(output.branch_logits.flatten(0, 1), labels.repeat_interleave(branches))
+    shares = [logits.softmax(-1) for logits in output.attention.split(list(output.lengths), dim=-1)]
+    products = torch.stack([share @ share.mT for share in shares])
+    lengths = products.diagonal(dim1=-2, dim2=-1).sqrt()
     first, second = zip(*combinations(range(branches), 2), strict=True)
-    shares = output.attention.softmax(-1)
-    diversity = F.cosine_similarity(shares[:, list(first)], shares[:, list(second)], dim=-1).mean()
+    cosines = products[..., first, second] / (lengths[..., first] * lengths[..., second])
+    diversity = cosines.mean()
     return BagLosses(bag, branch, diversity, bag + branch + diversity)
 
 
@@ -132,38 +160,29 @@ class BranchLinear(nn.Module):
         self.weight = nn.Parameter(torch.stack([layer.weight.detach() for layer in layers]))
         self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers]))
 
-    def forward(self, x: Float[Tensor, "branches inputs"]) -> Float[Tensor, "branches outputs"]:
-        return torch.einsum("koi,ki->ko", self.weight, x) + self.bias
+    def forward(self, x: Float[Tensor, "*bags branches inputs"]) -> Float[Tensor, "*bags branches outputs"]:
+        return torch.einsum("koi,...ki->...ko", self.weight, x) + self.bias
 
 
-class _ACMIL(nn.Module):
-    """What both forms share: reduction before the attention, heads after it."""
+class _ACMIL(nn.Module, ABC):
+    """What both forms share: reduction before the attention, heads after it, one bag or several at once."""
+
+    config: ACMILConfig
 
     def __init__(self, config: ACMILConfig) -> None:
         super().__init__()
+        self.config = config
         self.reduce = nn.Linear(config.features, config.inner, bias=False)
         self.branch_heads = BranchLinear(config.branches, config.inner, config.classes)
         self.bag_head = nn.Linear(config.inner, config.classes)
 
-    def _reduced(self, bag: Tensor, features: int) -> Float[Tensor, "instances inner"]:
-        if bag.ndim != 3 or bag.shape[0] != 1 or bag.shape[1] == 0 or bag.shape[2] != features:
-            raise ValueError(f"expected one bag (1, instances, {features}) with at least one instance; got {tuple(bag.shape)}")
-        return F.relu(self.reduce(bag[0]))
+    @abstractmethod
+    def _scores(self, x: Float[Tensor, "instances inner"]) -> Float[Tensor, "heads branches instances"]:
+        """Attention logits of instances, whichever bag they are in."""
 
-
-class GatedACMIL(_ACMIL):
-    """ACMIL with gated attention: the branches share the gated layer, each has its own score of it.
-
-    Args:
-        config: sizes.
-    """
-
-    def __init__(self, config: GatedACMILConfig | None = None) -> None:
-        config = config or GatedACMILConfig()
-        super().__init__(config)
-        self.config = config
-        self.content, self.gate = nn.Linear(config.inner, config.gate), nn.Linear(config.inner, config.gate)
-        self.score = nn.Linear(config.gate, config.branches)
+    @abstractmethod
+    def _classified(self, pooled: Float[Tensor, "bags heads branches inner"]) -> tuple[Float[Tensor, "bags branches classes"], Tensor]:
+        """Logits of the branches and (bags, classes) of the bags, from what each head of each branch pooled."""
 
     def forward(self, bag: Float[Tensor, "1 instances features"]) -> BagOutput:
         """Classify one bag of any length.
@@ -171,12 +190,56 @@ class GatedACMIL(_ACMIL):
         Raises:
             ValueError: an empty bag, several bags, or features of another width.
         """
-        x = self._reduced(bag, self.config.features)
-        attention = _wide(self.score(self.content(x).tanh() * self.gate(x).sigmoid())).mT[None]
+        features = self.config.features
+        if bag.ndim != 3 or bag.shape[0] != 1 or bag.shape[1] == 0 or bag.shape[2] != features:
+            raise ValueError(f"expected one bag (1, instances, {features}) with at least one instance; got {tuple(bag.shape)}")
+        return self.forward_bags(bag[0], [bag.shape[1]]).bags()[0]
+
+    def forward_bags(self, features: Float[Tensor, "instances features"], lengths: Sequence[int]) -> BagsOutput:
+        """Classify bags of different lengths whose instances stand one bag behind the other: nothing is padded.
+
+        Args:
+            features: of the instances of all bags.
+            lengths: instances of each bag.
+
+        Raises:
+            ValueError: an empty bag, lengths that do not add up to the instances, or features of another width.
+        """
+        counts, width = tuple(lengths), self.config.features
+        if features.ndim != 2 or features.shape[1] != width or min(counts, default=0) < 1 or sum(counts) != len(features):
+            raise ValueError(f"expected (instances, {width}) and lengths >= 1 that add up to them; got {tuple(features.shape)} and {counts[:8]}")
+        x = F.relu(self.reduce(features))
+        attention = list(self._scores(x).split(counts, dim=-1))
         if self.training:
-            attention = hide_best(attention, self.config.candidates, self.config.hide)
-        branch = attention[0].softmax(-1).to(x.dtype) @ x
-        return BagOutput(self.branch_heads(branch), self.bag_head(branch.mean(0, keepdim=True)), attention)
+            attention = [hide_best(logits, self.config.candidates, self.config.hide) for logits in attention]
+        pooled = [logits.softmax(-1).to(x.dtype) @ instances for logits, instances in zip(attention, x.split(counts), strict=True)]
+        branch, bag = self._classified(torch.stack(pooled))
+        return BagsOutput(branch, bag, torch.cat(attention, dim=-1), counts)
+
+
+class GatedACMIL(_ACMIL):
+    """ACMIL with gated attention: the branches share the gated layer, each has its own score of it.
+
+    With one branch and nothing hidden this is gated attention-based MIL (ABMIL, Ilse et al., ICML 2018) behind one reducing layer.
+
+    Args:
+        config: sizes.
+    """
+
+    config: GatedACMILConfig
+
+    def __init__(self, config: GatedACMILConfig | None = None) -> None:
+        config = config or GatedACMILConfig()
+        super().__init__(config)
+        self.content, self.gate = nn.Linear(config.inner, config.gate), nn.Linear(config.inner, config.gate)
+        self.score = nn.Linear(config.gate, config.branches)
+
+    def _scores(self, x: Float[Tensor, "instances inner"]) -> Float[Tensor, "heads branches instances"]:
+        return _wide(self.score(self.content(x).tanh() * self.gate(x).sigmoid())).mT[None]
+
+    def _classified(self, pooled: Float[Tensor, "bags 1 branches inner"]) -> tuple[Float[Tensor, "bags branches classes"], Tensor]:
+        branch = pooled[:, 0]
+        return self.branch_heads(branch), self.bag_head(branch.mean(1))
 
 
 class MultiHeadACMIL(_ACMIL):
@@ -186,10 +249,11 @@ class MultiHeadACMIL(_ACMIL):
         config: sizes.
     """
 
+    config: MultiHeadACMILConfig
+
     def __init__(self, config: MultiHeadACMILConfig | None = None) -> None:
         config = config or MultiHeadACMILConfig()
         super().__init__(config)
-        self.config = config
         branches, inner = config.branches, config.inner
         self.query = nn.Parameter(1e-6 * torch.randn(branches, inner))
         self.to_query, self.to_key = BranchLinear(branches, inner, inner), BranchLinear(branches, inner, inner)
@@ -198,27 +262,23 @@ class MultiHeadACMIL(_ACMIL):
         self.bag_value, self.bag_project, self.bag_norm = nn.Linear(inner, inner), nn.Linear(inner, inner), nn.LayerNorm(inner, eps=1e-6)
         self.dropout = nn.Dropout(0.1)
 
-    def forward(self, bag: Float[Tensor, "1 instances features"]) -> BagOutput:
-        """Classify one bag of any length.
+    @property
+    def _by_head(self) -> tuple[int, int]:
+        return self.config.heads, self.config.inner // self.config.heads
 
-        Raises:
-            ValueError: an empty bag, several bags, or features of another width.
-        """
-        heads, x = self.config.heads, self._reduced(bag, self.config.features)
-        by_head = (heads, self.config.inner // heads)
-        query = self.to_query(self.query).unflatten(1, by_head)
+    def _scores(self, x: Float[Tensor, "instances inner"]) -> Float[Tensor, "heads branches instances"]:
+        query = self.to_query(self.query).unflatten(1, self._by_head)
         # q . (W x + b) = (q W) . x + q . b: keys of all instances are never made.
-        direction = torch.einsum("khd,khdi->hki", query, self.to_key.weight.unflatten(1, by_head))
-        offset = (query * self.to_key.bias.unflatten(1, by_head)).sum(-1).mT
-        attention = _wide((direction @ x.mT + offset[..., None]) * by_head[1] ** -0.5)
-        if self.training:
-            attention = hide_best(attention, self.config.candidates, self.config.hide)
-        pooled = attention.softmax(-1).to(x.dtype) @ x
-        value = torch.einsum("hki,khdi->khd", pooled, self.to_value.weight.unflatten(1, by_head)).flatten(1) + self.to_value.bias
-        branch = F.layer_norm(self.dropout(self.project(value)), (self.config.inner,), eps=1e-6) * self.norm_weight + self.norm_bias
-        value = torch.einsum("hi,hdi->hd", pooled.mean(1), self.bag_value.weight.unflatten(0, by_head)).flatten() + self.bag_value.bias
-        whole = self.bag_norm(self.dropout(self.bag_project(value)))
-        return BagOutput(self.branch_heads(branch), self.bag_head(whole[None]), attention)
+        direction = torch.einsum("khd,khdi->hki", query, self.to_key.weight.unflatten(1, self._by_head))
+        offset = (query * self.to_key.bias.unflatten(1, self._by_head)).sum(-1).mT
+        return _wide((direction @ x.mT + offset[..., None]) * self._by_head[1] ** -0.5)
+
+    def _classified(self, pooled: Float[Tensor, "bags heads branches inner"]) -> tuple[Float[Tensor, "bags branches classes"], Tensor]:
+        inner = (self.config.inner,)
+        value = torch.einsum("bhki,khdi->bkhd", pooled, self.to_value.weight.unflatten(1, self._by_head)).flatten(2) + self.to_value.bias
+        branch = F.layer_norm(self.dropout(self.project(value)), inner, eps=1e-6) * self.norm_weight + self.norm_bias
+        value = torch.einsum("bhi,hdi->bhd", pooled.mean(2), self.bag_value.weight.unflatten(0, self._by_head)).flatten(1) + self.bag_value.bias
+        return self.branch_heads(branch), self.bag_head(self.bag_norm(self.dropout(self.bag_project(value))))
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -78,9 +78,16 @@ class SelfAttention(nn.Module):
         self, x: Float[Tensor, "batch tokens width"], lora: LowRank | None = None, layer: int = 0, mask: Tensor | None = None
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch heads dim"], Float[Tensor, "batch tokens heads dim"]]:
         """Attend; beside the result come the class token's query and all keys."""
+        attended, queries, keys = self.attend(x, lora, layer, mask)
+        return attended, queries[:, 0], keys
+
+    def attend(
+        self, x: Float[Tensor, "batch tokens width"], lora: LowRank | None = None, layer: int = 0, mask: Tensor | None = None, causal: bool = False
+    ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens heads dim"], Float[Tensor, "batch tokens heads dim"]]:
+        """Attend; beside the result come all queries and keys."""
         projected = self.qkv(x) if lora is None else lora(layer, x, self.qkv.weight, self.qkv.bias)
         q, k, v = projected.unflatten(-1, (3, self.heads, -1)).unbind(2)
-        return self.project(attention(q, k, v, mask=mask, layout="bnhd").flatten(2)), q[:, 0], k
+        return self.project(attention(q, k, v, mask=mask, causal=causal, layout="bnhd").flatten(2)), q, k
 
 
 class ImageBlock(nn.Module):
@@ -132,7 +139,7 @@ class ImageTower(nn.Module):
         query = keys = x
         for layer, block in enumerate(self.blocks):
             x, query, keys = block(x, lora, layer)
-        return Tokens(F.normalize(self.project(self.norm(x)), dim=-1), _class_scores(query, keys).mean(1)[:, 1:])
+        return Tokens(F.normalize(self.project(self.norm(x)), dim=-1), class_scores(query, keys).mean(1)[:, 1:])
 
 
 class TextTower(nn.Module):
@@ -154,7 +161,7 @@ class TextTower(nn.Module):
         query = keys = x
         for layer, block in enumerate(self.blocks):
             x, query, keys = block(x, lora, layer, mask)
-        scores = _class_scores(query, keys).masked_fill(~mask[:, None], float("-inf"))
+        scores = class_scores(query, keys).masked_fill(~mask[:, None], float("-inf"))
         return Tokens(F.normalize(self.project(x), dim=-1), scores.softmax(-1).mean(1)[:, 1:])
 
 
@@ -178,6 +185,6 @@ class BiomedCLIP(nn.Module):
         return self.image(image).tokens[:, 0], self.text(text).tokens[:, 0]
 
 
-def _class_scores(query: Float[Tensor, "batch heads dim"], keys: Float[Tensor, "batch tokens heads dim"]) -> Float[Tensor, "batch heads tokens"]:
+def class_scores(query: Float[Tensor, "batch heads dim"], keys: Float[Tensor, "batch tokens heads dim"]) -> Float[Tensor, "batch heads tokens"]:
     """Scaled scores of one query: the only row of the last layer's attention that is read."""
     return torch.einsum("bhd,bnhd->bhn", query, keys) * query.shape[-1] ** -0.5

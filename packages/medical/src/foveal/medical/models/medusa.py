@@ -103,19 +103,31 @@ class Medusa(nn.Module):
         Returns:
             What the backbone returns.
         """
-        attention = self.attention(image, view)
-        modules = dict(self.backbone.named_modules())
+        return self._run(image, self.attention(image, view))[0]
 
-        def weighted(head: nn.Module) -> Any:
-            return lambda _, __, out: out * head(attention, out.shape[-2:])
+    def attended(self, image: Float[Tensor, "batch 3 height width"], view: Tensor | None = None) -> dict[str, Float[Tensor, "batch rows columns"]]:
+        """Stage -> its attention, mean of its channels: how much of each place passes on, from 0 to 1; for pictures."""
+        return self._run(image, self.attention(image, view))[1]
 
-        hooks = [modules[stage].register_forward_hook(weighted(head)) for stage, head in zip(self.stages, self.heads, strict=True)]
+    def _run(self, image: Tensor, attention: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The backbone with its stages weighted, and the mean weights of each stage."""
+        modules, means = dict(self.backbone.named_modules()), {}
+
+        def weighted(stage: str, head: nn.Module) -> Any:
+            def hook(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+                weights = head(attention, out.shape[-2:])
+                means[stage] = weights.detach().mean(1)
+                return out * weights
+
+            return hook
+
+        hooks = [modules[stage].register_forward_hook(weighted(stage, head)) for stage, head in zip(self.stages, self.heads, strict=True)]
         try:
             out: Tensor = self.backbone(image)
         finally:
             for hook in hooks:
                 hook.remove()
-        return out
+        return out, means
 
     def attention(self, image: Float[Tensor, "batch 3 height width"], view: Tensor | None = None) -> Float[Tensor, "batch map rows columns"]:
         """The global attention map, before the heads."""

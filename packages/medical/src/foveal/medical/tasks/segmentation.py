@@ -7,7 +7,6 @@ that the bundled weights are held against.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -21,6 +20,7 @@ from foveal.medical.data.slices import Scan
 from foveal.medical.inference import logits_of, run_slices
 from foveal.medical.losses import bce_dice_loss, guided_loss
 from foveal.medical.metrics import dice_scores, mean_known
+from foveal.medical.tasks.schedules import rising_then_cosine
 from foveal.medical.volumes import Volume
 
 Loss = Literal["guided", "dice_ce", "bce_dice"]
@@ -143,12 +143,8 @@ class SegmentationTask(pl.LightningModule):
             plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.5, patience=self.patience)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val/dice", "strict": False}}
         steps = int(self.trainer.estimated_stepping_batches)
-        rising = max(1, round(self.warmup * steps))
-
-        def share(step: int) -> float:
-            return (step + 1) / rising if step < rising else 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, steps - rising))))
-
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, share), "interval": "step"}}
+        cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, rising_then_cosine(steps, self.warmup))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
 
 
 def labels_of(logits: np.ndarray) -> np.ndarray:

@@ -126,7 +126,7 @@ class SegmentationReport:
         return folder / "report.html"
 
 
-def page(title: str, means: dict[str, float], table: pd.DataFrame, figures: dict[str, Figure]) -> str:
+def page(title: str, means: dict[str, float], table: pd.DataFrame, figures: dict[str, Figure], heading: str = "Cases") -> str:
     """One HTML file that needs no other."""
     pictures = []
     for name, figure in figures.items():
@@ -143,5 +143,7 @@ def page(title: str, means: dict[str, float], table: pd.DataFrame, figures: dict
     )
     cases = table.to_html(index=False, float_format=lambda value: f"{value:.3f}", border=0, na_rep="")
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
-    body = f"<h1>{html.escape(title)}</h1><table>{numbers}</table>{''.join(pictures)}<h2>Cases</h2><div class=wide>{cases}</div></html>"
+    body = (
+        f"<h1>{html.escape(title)}</h1><table>{numbers}</table>{''.join(pictures)}<h2>{html.escape(heading)}</h2><div class=wide>{cases}</div></html>"
+    )
     return head + body

@@ -6,22 +6,18 @@ The run's config.yaml says what the network is; the decided task is calibrated o
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
-from typing import Any
 
-import torch
-import yaml
 from jsonargparse import ArgumentParser
 
 from foveal.core.errors import UserError
-from foveal.core.run_folder import run_of
+from foveal.core.exporting import export_command, read_run
 from foveal.memes import calibration
 from foveal.memes.data.features import MemeFeatures
 from foveal.memes.models.tcrnet import TCRNet, TCRNetConfig
 from foveal.memes.scoring import Network, ScorerConfig
 from foveal.memes.tasks.classification import MemeTask, log_odds
-
-_PREFIX = "network."
 
 
 def export(checkpoint: str | Path, target: str | Path, card: str | None = None, precision: float = 0.9, recall: float = 0.9) -> Path:
@@ -37,20 +33,17 @@ def export(checkpoint: str | Path, target: str | Path, card: str | None = None, 
     Raises:
         UserError: not a checkpoint in a run's folder, or of another task.
     """
-    run = run_of(checkpoint)
-    if run is None:
-        raise UserError(f"expected a checkpoint in the checkpoints folder of a run, beside its config.yaml; got {checkpoint}")
-    settings: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    if settings["model"]["class_path"].rpartition(".")[2] != MemeTask.__name__:
-        raise UserError(f"expected a run of {MemeTask.__name__}; {run} trains {settings['model']['class_path']}; choose another run")
+    run = read_run(checkpoint)
+    settings = run.settings
+    if run.task != MemeTask.__name__:
+        raise UserError(f"expected a run of {MemeTask.__name__}; {run.folder} trains {settings['model']['class_path']}; choose another run")
     parser = ArgumentParser()
     parser.add_class_arguments(MemeTask, "model", fail_untyped=False)
     parser.add_class_arguments(MemeFeatures, "data", fail_untyped=False)
     made = parser.instantiate_classes(parser.parse_object({part: settings[part]["init_args"] for part in ("model", "data")}))
     task, data = made.model, made.data
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
     model = TCRNet(TCRNetConfig(**settings["model"]["init_args"]["network"]))
-    model.load_state_dict({key.removeprefix(_PREFIX): value for key, value in saved["state_dict"].items() if key.startswith(_PREFIX)})
+    model.load_state_dict(run.weights)
     network = Network(model, ScorerConfig(model.config, task.classes, task.encoding), "cpu")
     data.setup("validate")
     decided = network.config.decided
@@ -61,13 +54,10 @@ def export(checkpoint: str | Path, target: str | Path, card: str | None = None, 
     return Network(model, ScorerConfig(model.config, task.classes, task.encoding, fitted), "cpu").save(target, card)
 
 
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--precision", type=float, default=0.9, help="that flags shall have on the validation memes")
+    parser.add_argument("--recall", type=float, default=0.9, help="that flags and reviews together shall have there")
+
+
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description="Write the trained network of a run as safetensors, calibrated, in half precision.")
-    arguments.add_argument("checkpoint", type=Path, help="last.ckpt or best.ckpt in a run's folder")
-    arguments.add_argument("target", type=Path, help="file to write, ending in .safetensors")
-    arguments.add_argument("--card", type=Path, help="Markdown file to put beside it")
-    arguments.add_argument("--precision", type=float, default=0.9, help="that flags shall have on the validation memes")
-    arguments.add_argument("--recall", type=float, default=0.9, help="that flags and reviews together shall have there")
-    asked = arguments.parse_args()
-    text = None if asked.card is None else asked.card.read_text(encoding="utf-8")
-    print(export(asked.checkpoint, asked.target, text, asked.precision, asked.recall))
+    sys.exit(export_command(export, "Write the trained network of a run as safetensors, calibrated, in half precision.", _options))

@@ -1,0 +1,137 @@
+"""Is YOLOv13-N as good as ultralytics' own YOLO11n, where both learn blood cells from random weights with the same budget?
+
+Both are trained by the same loop on the 205 training pictures of BCCD: same pictures in the same order, same augmentation, loss, optimiser,
+schedule, running mean and number of steps. Both are measured on its 72 test pictures by the same COCO evaluation, with the weights of the last
+step; nothing is chosen by a measurement. What differs is the network.
+
+python benchmarks/blood_cells.py [--epochs 14] [--image-size 256] [--seeds 0 1 2] writes benchmarks/results/blood_cells.json after each training,
+and takes up where it was stopped, at the last whole epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import statistics
+import time
+import warnings
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from foveal.detection import Detector, YOLOv13Config
+from foveal.detection.borrowed import tasks as ultralytics_networks
+from foveal.detection.data.labels import read_labels
+from foveal.detection.data.sets import DetectionData
+from foveal.detection.evaluate import evaluate
+from foveal.detection.models.heads import Prediction, RawPrediction
+from foveal.detection.tasks.averaging import RampedAverage
+from foveal.detection.tasks.detection import DetectionTask
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "detection" / "bccd"
+RESULT = Path(__file__).parent / "results" / "blood_cells.json"
+NETWORKS = ("YOLOv13-N", "YOLO11n")
+
+
+class YOLO11n(nn.Module):
+    """Ultralytics' own network, answering as ours does."""
+
+    def __init__(self, config: YOLOv13Config) -> None:
+        super().__init__()
+        self.config = config
+        self.network = ultralytics_networks.DetectionModel("yolo11n.yaml", nc=config.classes, verbose=False)
+
+    def raw(self, image: Tensor) -> RawPrediction:
+        """Logits of every level."""
+        return RawPrediction(self.forward(image).maps)
+
+    def forward(self, image: Tensor) -> Prediction:
+        """Boxes in pixels, and scores; while it learns, logits alone."""
+        said: Any = self.network(image)
+        decoded, logits = (None, said) if self.training else said
+        whole = torch.cat((logits["boxes"], logits["scores"]), 1)
+        sizes = [(level.shape[2], level.shape[3]) for level in logits["feats"]]
+        parts = whole.split([height * width for height, width in sizes], 2)
+        return Prediction(decoded, tuple(part.unflatten(2, size) for part, size in zip(parts, sizes, strict=True)))
+
+
+class Beside(DetectionTask):
+    """The task of YOLOv13, on another network."""
+
+    def __init__(self, name: str, config: YOLOv13Config, **settings: Any) -> None:
+        super().__init__(config, **settings)
+        if name == "YOLO11n":
+            other: Any = YOLO11n(config)
+            self.network = other.to(memory_format=torch.channels_last)
+
+
+def train(name: str, seed: int, epochs: int, image_size: int, folder: Path) -> dict[str, Any]:
+    """Train one network, and measure it."""
+    pl.seed_everything(seed, verbose=False)
+    data = DetectionData(source=str(DATA), image_size=image_size, batch_size=4, seed=seed, augmentation={"mosaic": 0.0, "scale": 0.3, "flipud": 0.5})
+    config = YOLOv13Config("n", classes=len(data.labels("train").names))
+    rate = round(0.002 * 5 / (4 + config.classes), 6)  # what ultralytics chooses for small sets, of any network
+    task = Beside(name, config, optimizer="adamw", learning_rate=rate, momentum=0.9, weight_decay=0.0005, warmup_epochs=2.0)
+    run = folder / f"{name}_{seed}_{epochs}x{image_size}"
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=epochs, limit_val_batches=0, gradient_clip_val=10.0, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=run,
+        callbacks=[RampedAverage(decay=0.99, ramp=100), ModelCheckpoint(dirpath=run, save_last=True, save_top_k=0, save_on_train_epoch_end=True)],
+    )  # fmt: skip
+    last = run / "last.ckpt"
+    start = time.process_time()
+    trainer.fit(task, data, ckpt_path=last if last.exists() else None)
+    seconds = time.process_time() - start
+    labels = read_labels(DATA, "test")
+    network: Any = task.network.eval()
+    found = evaluate(Detector(network, data.labels("train").names, image_size), labels)
+    return {
+        "network": name, "seed": seed, "steps": trainer.global_step, "parameters": sum(value.numel() for value in network.parameters()),
+        "cpu_seconds_of_this_process": round(seconds, 1), **{key: round(found.numbers[key], 4) for key in ("AP", "AP50", "AP75")},
+        "classes": {key: round(value, 4) for key, value in found.classes.items()},
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Train what is missing in the result file."""
+    parser = argparse.ArgumentParser(description="YOLOv13-N and YOLO11n, trained with the same budget on blood cells.")
+    parser.add_argument("--epochs", type=int, default=14)
+    parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs") / "blood_cells", help="folder of the checkpoints")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    asked = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    budget = {"epochs": asked.epochs, "image_size": asked.image_size, "batch_size": 4}
+    written: dict[str, Any] = json.loads(asked.output.read_text()) if asked.output.exists() else {}
+    runs = written.get("runs", []) if written.get("budget") == budget else []
+    for seed in asked.seeds:
+        for name in NETWORKS:
+            if any(run["network"] == name and run["seed"] == seed for run in runs):
+                continue
+            runs.append(train(name, seed, asked.epochs, asked.image_size, asked.runs))
+            print(json.dumps(runs[-1]), flush=True)
+            asked.output.write_text(json.dumps(report(runs, budget), indent=1) + "\n")
+
+
+def report(runs: list[dict[str, Any]], budget: dict[str, Any]) -> dict[str, Any]:
+    """The trainings, and of each network the mean over its seeds."""
+    means = {}
+    for name in NETWORKS:
+        own = [run for run in runs if run["network"] == name]
+        if own:
+            means[name] = {key: round(statistics.mean(run[key] for run in own), 4) for key in ("AP", "AP50", "AP75")} | {"seeds": len(own)}
+    machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine, "budget": budget, "means": means, "runs": runs}
+
+
+if __name__ == "__main__":
+    main()
