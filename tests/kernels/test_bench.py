@@ -156,6 +156,9 @@ def test_tune_without_a_gpu_says_what_to_do(capsys: pytest.CaptureFixture[str], 
 
 @pytest.mark.skipif(torch.cuda.is_available() or not has_triton(), reason="the interpreter is for machines without a GPU")
 def test_what_tune_would_try_is_listed_without_running_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["tune", "--list", "--family", "scan"]) == 0
+    assert "forward bfloat16 64" in capsys.readouterr().out
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert main(["tune", "--list", "--family", "scan"]) == 0
     assert "forward float32 16" in capsys.readouterr().out

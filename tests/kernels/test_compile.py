@@ -77,6 +77,12 @@ def test_family_that_ships_triton_kernels_has_a_ledger_of_every_target(family: s
     assert {target for targets in entries.values() for target in targets} == set(TARGETS)
 
 
+@pytest.mark.parametrize("family", families())
+def test_no_shipped_kernel_spills_128_bytes_of_registers_a_thread(family: str) -> None:
+    _, entries = read_ledger(LEDGER, family)
+    assert [(name, target) for name, targets in entries.items() for target, entry in targets.items() if entry["spilled_bytes"] >= 128] == []
+
+
 def test_ledger_keeps_no_family_that_is_gone() -> None:
     assert "dense" in families()
     assert {path.stem for path in LEDGER.glob("*")} == set(families())

@@ -24,24 +24,24 @@ def _tune(asked: argparse.Namespace) -> int:
     if not has_triton():
         print("tune needs triton, which is not installed: pip install 'foveal-kernels[triton]'", file=sys.stderr)
         return 2
+    unknown = sorted(set(asked.family or ()) - set(tune.families()))
+    if unknown:
+        print(f"families that can be tuned are {', '.join(tune.families())}; got {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    families = asked.family or tune.families()
     device = torch.device(asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    toy = device.type == "cpu" and interpreting()
+    if asked.list:
+        for family in families:
+            for tunable in tune.tunables(family, toy=toy):
+                print(f"{family:14s} {tunable.entry:40s} " + "; ".join(tune.label(candidate) for candidate in tunable.candidates))
+        return 0
     if device.type == "cuda" and not torch.cuda.is_available():
         print("tune was asked for a GPU, but torch can use none; see python -m foveal.kernels doctor", file=sys.stderr)
         return 2
     if device.type == "cpu" and not interpreting():
         print("tune needs a GPU; to try it without one (figures mean nothing) set TRITON_INTERPRET=1", file=sys.stderr)
         return 2
-    unknown = sorted(set(asked.family or ()) - set(tune.families()))
-    if unknown:
-        print(f"families that can be tuned are {', '.join(tune.families())}; got {', '.join(unknown)}", file=sys.stderr)
-        return 2
-    families = asked.family or tune.families()
-    toy = device.type == "cpu"
-    if asked.list:
-        for family in families:
-            for tunable in tune.tunables(family, toy=toy):
-                print(f"{family:10s} {tunable.entry:28s} " + "; ".join(tune.label(candidate) for candidate in tunable.candidates))
-        return 0
     for outcome in tune.tune(families, device, rounds=asked.rounds, toy=toy):
         shipped = outcome.milliseconds["shipped"]
         won = tune.label(outcome.chosen) if outcome.chosen else "shipped stays"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from foveal.kernels import configurations
 from foveal.kernels.dispatch import interpreting
+from foveal.kernels.gpu import COMPILED_FOR, architecture, compiled_precision, precision, width
 
 if TYPE_CHECKING:
     from foveal.kernels.testing.compile import CompileCase
@@ -111,22 +112,7 @@ TILINGS: dict[tuple[str, str, int], tuple[Tiling, Tiling, Tiling]] = {
     ("query_gradients", "cdna", 4): (Tiling(32, 16, 4, 1), Tiling(16, 16, 4, 1), Tiling(16, 16, 8, 1)),
 }
 
-#: What the compile check compiles each architecture's tilings for.
-COMPILED_FOR = {"ampere": ("sm_80",), "hopper": ("sm_90", "sm_100"), "cdna": ("gfx942",)}
-
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-
-
-def architecture(device: torch.device) -> str:
-    """The architecture whose tilings a device takes."""
-    if torch.version.hip is not None:
-        return "cdna"
-    return "hopper" if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9 else "ampere"
-
-
-def width(dim: int) -> int:
-    """Columns of a tile that holds `dim`; 16 is the least a matrix instruction takes."""
-    return max(16, triton.next_power_of_2(dim))
 
 
 def tiling(
@@ -164,13 +150,6 @@ def constants(q: Tensor, value_dim: int) -> dict[str, Any]:
 
 def dimensions(dim: int, value_dim: int) -> dict[str, int]:
     return {"DIM": dim, "VALUE_DIM": value_dim, "WIDTH": width(dim), "VALUE_WIDTH": width(value_dim)}
-
-
-def precision(*, close: bool = False) -> str:
-    """How float32 enters the matrix units: exactly, or in three TF32 products that come close; in one where torch is told so, but for `close`."""
-    if interpreting() or torch.version.hip is not None:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 and not close else "tf32x3"
 
 
 def written(dtype: torch.dtype) -> torch.dtype:
@@ -222,7 +201,7 @@ def compile_case(
     values: dict[str, Any] = {
         **dimensions(dim, dim), "QUERIES": entry.queries, "KEYS": entry.keys, "UPCAST": False,
         "DOT": {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32}[dtype],
-        "PRECISION": "ieee" if arch == "cdna" else "tf32x3", **own,
+        "PRECISION": compiled_precision(arch), **own,
     }  # fmt: skip
     pointers = {
         **dict.fromkeys(_HALF, f"*{dtype}"),

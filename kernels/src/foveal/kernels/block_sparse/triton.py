@@ -32,8 +32,8 @@ from foveal.kernels.gathered import (
     row_sums,
     store_rows,
     tiling,
-    width,
 )  # fmt: skip
+from foveal.kernels.gpu import width
 from foveal.kernels.testing.compile import CompileCase
 from foveal.kernels.tune import Tunable
 

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.kernels.dispatch import interpreting
-from foveal.kernels.gathered import LN2, LOG2E, TILINGS, Tiling, absorb, compile_case, constants, finish, launch, load_rows, store_rows, tiling, width
+from foveal.kernels.gathered import LN2, LOG2E, TILINGS, Tiling, absorb, compile_case, constants, finish, launch, load_rows, store_rows, tiling
+from foveal.kernels.gpu import width
 from foveal.kernels.testing.compile import CompileCase
 
 #: Least keys of a part: below, merging costs more than another core brings.

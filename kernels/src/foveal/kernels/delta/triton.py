@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.kernels.dispatch import interpreting
+from foveal.kernels.gpu import precision, width
 from foveal.kernels.testing.compile import CompileCase
 
 
@@ -123,8 +123,8 @@ def walk_backward_kernel(
 
 
 def _blocks(tokens: int, dim: int, values: int, parts: int) -> dict[str, Any]:
-    sizes = {"TOKENS": tokens, "DIM": dim, "VALUES": values, "PARTS": parts, "BLOCK_T": max(16, triton.next_power_of_2(tokens))}
-    sizes |= {"BLOCK_D": max(16, triton.next_power_of_2(dim)), "BLOCK_V": 16}
+    sizes = {"TOKENS": tokens, "DIM": dim, "VALUES": values, "PARTS": parts, "BLOCK_T": width(tokens)}
+    sizes |= {"BLOCK_D": width(dim), "BLOCK_V": 16}
     return sizes
 
 
@@ -138,11 +138,9 @@ def _launch(kernel: Any, tokens: int, parts: int, state: Tensor, tensors: list[T
     blocks = _blocks(tokens, dim, values, parts)
     pairs = tensors[0].shape[0] * tensors[0].shape[1]
     grid = (pairs * triton.cdiv(values, blocks["BLOCK_V"]),)
-    exact = interpreting() or torch.version.hip is not None
-    precision = "ieee" if exact else "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
     device = tensors[0].device
     with torch.cuda.device(device if device.type == "cuda" else -1):  # -1: no device to switch to
-        kernel[grid](*tensors, tensors[0].shape[2], **blocks, PRECISION=precision, num_warps=_warps(tokens, dim), num_stages=1)
+        kernel[grid](*tensors, tensors[0].shape[2], **blocks, PRECISION=precision(), num_warps=_warps(tokens, dim), num_stages=1)
 
 
 def walk_forward(
@@ -179,11 +177,11 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for parts, prefix in ((1, ""), (2, "titans-")):
         for dim, tokens in ((64, 16), (128, 16))[: 3 - parts]:
-            for precision, targets in (("tf32x3", ("sm_80", "sm_90", "sm_100")), ("ieee", ("gfx942",))):
-                constants = {**_blocks(tokens, dim, dim, parts), "PRECISION": precision}
+            for arithmetic, targets in (("tf32x3", ("sm_80", "sm_90", "sm_100")), ("ieee", ("gfx942",))):
+                constants = {**_blocks(tokens, dim, dim, parts), "PRECISION": arithmetic}
                 for name, kernel in (("forward", walk_forward_kernel), ("backward", walk_backward_kernel)):
                     signature = {argument: "i32" if argument == "chunks" else "*fp32" for argument in kernel.arg_names if argument not in constants}
                     options: dict[str, Any] = {"num_warps": _warps(tokens, dim), "num_stages": 1, "targets": targets}
                     quick = (dim, tokens) == (64, 16) and name == "forward"
-                    cases.append(CompileCase(f"{prefix}{name}-d{dim}-t{tokens}-{precision}", kernel, signature, constants, quick=quick, **options))
+                    cases.append(CompileCase(f"{prefix}{name}-d{dim}-t{tokens}-{arithmetic}", kernel, signature, constants, quick=quick, **options))
     return cases

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-import triton
-
 from foveal.kernels.dispatch import interpreting
+from foveal.kernels.gpu import width
 
 
 @dataclass(frozen=True)
@@ -49,16 +47,6 @@ TILINGS: dict[tuple[str, str, int], tuple[Tiling, Tiling, Tiling]] = {
     ("shared_gradient", "cdna", 4): (Tiling(32, 16, 4, 1), Tiling(32, 16, 4, 1), Tiling(32, 16, 4, 1)),
 }
 
-#: What the compile check compiles each architecture's tilings for.
-COMPILED_FOR = {"ampere": ("sm_80",), "hopper": ("sm_90", "sm_100"), "cdna": ("gfx942",)}
-
-
-def architecture(device: torch.device) -> str:
-    """The architecture whose tilings a device takes."""
-    if torch.version.hip is not None:
-        return "cdna"
-    return "hopper" if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9 else "ampere"
-
 
 def tiling(kernel: str, architecture: str, itemsize: int, width: int, *, modified: bool) -> Tiling:
     """The table's entry for a kernel.
@@ -84,11 +72,6 @@ def tiling(kernel: str, architecture: str, itemsize: int, width: int, *, modifie
 def shortened(tiles: Tiling, queries: int, keys: int) -> Tiling:
     """The tiles, no longer than the sequences need; 16 is the least that a matrix instruction takes."""
     return replace(tiles, queries=min(tiles.queries, width(queries)), keys=min(tiles.keys, width(keys)))
-
-
-def width(dim: int) -> int:
-    """Columns of a tile that holds `dim`: a power of two, at least what a matrix instruction takes."""
-    return max(16, triton.next_power_of_2(dim))
 
 
 #: Rows, or columns, of a short sequence's pairs that a program of its own takes where the backward pass is split.

@@ -26,9 +26,10 @@ from foveal.kernels.dense.kernels import (
 from foveal.kernels.dense.logits import Features, Inputs, Matrix, Pairs, Sizes
 from foveal.kernels.dense.philox import threshold
 from foveal.kernels.dense.reference import entry_of_pair
-from foveal.kernels.dense.tilings import COMPILED_FOR, STRIP, TILINGS, Tiling, architecture, shortened, tiling, width, window_tiling
+from foveal.kernels.dense.tilings import STRIP, TILINGS, Tiling, shortened, tiling, window_tiling
 from foveal.kernels.dense.windows import backward_windows_kernel, forward_windows_kernel
 from foveal.kernels.dispatch import interpreting
+from foveal.kernels.gpu import COMPILED_FOR, architecture, compiled_precision, precision, width
 
 if TYPE_CHECKING:
     from foveal.kernels.testing.compile import CompileCase
@@ -79,7 +80,7 @@ class _Launch:
             width=width(call.q.shape[3]),
             value_width=width(call.v.shape[3]),
             dot="fp32" if upcast else _DOT[call.q.dtype],
-            precision=_precision(),
+            precision=precision(),
             upcast=upcast,
             score=call.score,
             power=call.power,
@@ -155,17 +156,6 @@ class _Launch:
         chosen = {name: everything[name] for name in kernel.arg_names}
         with torch.cuda.device(self.device if self.device.type == "cuda" else -1):  # -1: no device to switch to
             kernel[(programs,)](**chosen, num_warps=tiles.warps, num_stages=tiles.stages)
-
-
-def _precision() -> str:
-    """How float32 enters the matrix units: exactly, or in three TF32 products that come close; in one where torch is told so.
-
-    One product is off by a thousandth, a thousand times eager's own error, which the error rule allows twice. Exact products on NVIDIA leave
-    the matrix units and keep whole rows in registers.
-    """
-    if interpreting() or torch.version.hip is not None:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
 def forward(call: Call, out: Tensor, lse: Tensor) -> None:
@@ -388,7 +378,7 @@ def compile_cases() -> list[CompileCase]:
             targets = tuple(target for target in COMPILED_FOR[arch] if variant not in _COMPILED_ONCE or target in once)
             if not targets:
                 continue
-            features = Features(dim, dim, width(dim), width(dim), dot=dtype, precision="ieee" if arch == "cdna" else "tf32x3", **_VARIANTS[variant])
+            features = Features(dim, dim, width(dim), width(dim), dot=dtype, precision=compiled_precision(arch), **_VARIANTS[variant])
             tiles = tiling(name, arch, itemsize, features.width, modified=features.modified)
             shared = {"F": features, "QUERIES": tiles.queries, "KEYS": tiles.keys, "DOT": _DTYPES[dtype]}
             for part in _parts(name, tiles, variant, dtype):
@@ -420,7 +410,7 @@ def _window_cases() -> list[CompileCase]:
     cases = []
     for variant, options in (("swin", {"table": True, "mask": True}), ("positions", _VARIANTS["positions"]), ("plain", {})):
         for dtype, arch in (("bf16", "nvidia"), ("bf16", "cdna"), ("fp32", "nvidia"))[: 3 if variant == "swin" else 2]:
-            features = Features(32, 32, 32, 32, dot=dtype, precision="ieee" if arch == "cdna" else "tf32x3", **options)
+            features = Features(32, 32, 32, 32, dot=dtype, precision=compiled_precision(arch), **options)
             tilings = {backward: window_tiling(49, 49, 4 if dtype == "fp32" else 2, arch, backward=backward) for backward in (False, True)}
             launches: list[tuple[str, Any, Tiling, dict[str, Any]]] = [("forward", forward_windows_kernel, tilings[False], {})]
             for tiles, wanted in window_launches(tilings[True], shared=variant != "plain"):

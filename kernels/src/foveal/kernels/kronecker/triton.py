@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.kernels.gathered import precision, width, written
+from foveal.kernels.gathered import written
+from foveal.kernels.gpu import precision, width
 from foveal.kernels.testing.compile import CompileCase
 
 

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.kernels.dispatch import interpreting
+from foveal.kernels.gpu import precision, width
 from foveal.kernels.linear.cpu import rows as row_major
 from foveal.kernels.testing.compile import CompileCase
 
@@ -217,14 +218,7 @@ def _warps(kernel: Any, itemsize: int, decay: int) -> int:
 
 
 def _block(size: int, itemsize: int) -> int:
-    return min(_TILE[itemsize], max(16, triton.next_power_of_2(size)))
-
-
-def _precision() -> str:
-    """How float32 enters the matrix units: exactly, or in three TF32 products that come close; in one where torch is told so."""
-    if interpreting() or torch.version.hip is not None:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return min(_TILE[itemsize], width(size))
 
 
 def _strides(name: str, tensor: Tensor) -> dict[str, int]:
@@ -292,7 +286,7 @@ def _read(
         "heads": heads, "length": length, "chunks": chunks, "query_scale": query_scale, "key_scale": key_scale,
         "ROWS": rows, "LANES": lanes, "REVERSE": reverse, "TRANSPOSED": of_lanes, "DECAY": decay.kind(of_lanes), "BLOCK_T": decay.tokens,
         "BLOCK_R": block_r, "BLOCK_L": block_l, "BLOCK": _PASSED_AT_ONCE,
-        "UPCAST": upcast, "DOT": tl.float32 if upcast else _TRITON_DTYPE[query.dtype], "PRECISION": _precision(),
+        "UPCAST": upcast, "DOT": tl.float32 if upcast else _TRITON_DTYPE[query.dtype], "PRECISION": precision(),
     }  # fmt: skip
     programs = {
         states_kernel: pairs * chunks * row_tiles * lane_tiles,
@@ -404,11 +398,11 @@ def compile_cases() -> list[CompileCase]:
                     own |= {"terms": None, "weight": None}
                 types = {"upto": "*fp32", "states": "*fp32", "terms": "*fp32", "entering": "*fp32", "leaving": "*fp32"}
                 types |= dict.fromkeys(("query", "key", "lane", "weight", "out"), f"*{dtype}") | dict.fromkeys(("query_scale", "key_scale"), "fp32")
-                for precision, targets in (("tf32x3", ("sm_80", "sm_90", "sm_100")), ("ieee", ("gfx942",))):
-                    own["PRECISION"] = precision
+                for arithmetic, targets in (("tf32x3", ("sm_80", "sm_90", "sm_100")), ("ieee", ("gfx942",))):
+                    own["PRECISION"] = arithmetic
                     cases.append(
                         CompileCase(
-                            name=f"{name}-{kind}-{dtype}-{precision}",
+                            name=f"{name}-{kind}-{dtype}-{arithmetic}",
                             kernel=kernel,
                             signature={argument: types.get(argument, "i32") for argument in kernel.arg_names if argument not in own},
                             constants={argument: value for argument, value in own.items() if argument in kernel.arg_names},

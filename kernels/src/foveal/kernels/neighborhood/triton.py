@@ -31,8 +31,8 @@ from foveal.kernels.gathered import (
     row_sums,
     store_rows,
     tiling,
-    width,
 )
+from foveal.kernels.gpu import width
 from foveal.kernels.neighborhood.reference import window
 from foveal.kernels.testing.compile import CompileCase
 from foveal.kernels.tune import Tunable

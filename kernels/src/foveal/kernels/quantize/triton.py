@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.kernels.configurations import tiling
-from foveal.kernels.dispatch import interpreting
+from foveal.kernels.gpu import precision, width
 from foveal.kernels.testing.compile import CompileCase
 from foveal.kernels.tune import Tunable
 
@@ -65,7 +65,7 @@ def _shipped() -> dict[str, int]:
 
 
 def _part(dim: int) -> dict[str, Any]:
-    return {"BLOCK_D": max(16, min(_CHANNELS, triton.next_power_of_2(dim))), "WHOLE": dim <= _CHANNELS}
+    return {"BLOCK_D": min(_CHANNELS, width(dim)), "WHOLE": dim <= _CHANNELS}
 
 
 def nearest(x: Tensor, codebook: Tensor, penalty: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def nearest(x: Tensor, codebook: Tensor, penalty: Tensor) -> Tensor:
     index = torch.empty(x.shape[0], dtype=torch.long, device=x.device)
     if x.shape[0] == 0:
         return index
-    constants: dict[str, Any] = {**_part(x.shape[1]), "PRECISION": "ieee" if interpreting() or torch.version.hip else "tf32x3"}
+    constants: dict[str, Any] = {**_part(x.shape[1]), "PRECISION": precision(close=True)}
     constants |= tiling("quantize", "nearest", x, triton.next_power_of_2(x.shape[1]), _shipped())
     with torch.cuda.device_of(x):
         grid = (triton.cdiv(x.shape[0], constants["BLOCK_M"]),)
@@ -85,13 +85,13 @@ def compile_cases() -> list[CompileCase]:
     """Vectors that fit into a tile, and wider ones; in the precision that each architecture runs."""
     cases = []
     signature = {"x": "*fp32", "codebook": "*fp32", "penalty": "*fp32", "index": "*i64", "vectors": "i32", "codes": "i32", "dim": "i32"}
-    for width in (16, 64, 256):
+    for dim in (16, 64, 256):
         tile = _shipped()
-        for precision, targets in (("tf32x3", ("sm_80", "sm_90", "sm_100")), ("ieee", ("gfx942",))):
-            constants = {"BLOCK_M": tile["BLOCK_M"], "BLOCK_K": tile["BLOCK_K"], **_part(width), "PRECISION": precision}
+        for arithmetic, targets in (("tf32x3", ("sm_80", "sm_90", "sm_100")), ("ieee", ("gfx942",))):
+            constants = {"BLOCK_M": tile["BLOCK_M"], "BLOCK_K": tile["BLOCK_K"], **_part(dim), "PRECISION": arithmetic}
             options: dict[str, Any] = {"num_warps": tile["num_warps"], "num_stages": tile["num_stages"], "targets": targets, "matrix": True}
-            name = f"nearest-d{width}-{precision}"
-            cases.append(CompileCase(name, nearest_kernel, signature, constants, divisible=("dim",), quick=width == 64, **options))
+            name = f"nearest-d{dim}-{arithmetic}"
+            cases.append(CompileCase(name, nearest_kernel, signature, constants, divisible=("dim",), quick=dim == 64, **options))
     return cases
 
 
@@ -99,15 +99,15 @@ def tunables(*, toy: bool = False) -> list[Tunable]:
     """Tiles of vectors and of codes, by code dim."""
     vectors, codes = (9, 40) if toy else (65_536, 8192)
     found = []
-    for width in (16,) if toy else (32, 64, 128):
+    for dim in (16,) if toy else (32, 64, 128):
 
-        def inputs(device: torch.device, width: int = width) -> list[Tensor]:
+        def inputs(device: torch.device, dim: int = dim) -> list[Tensor]:
             draw = torch.Generator().manual_seed(0)
-            return [torch.randn(rows, width, generator=draw).to(device) for rows in (vectors, codes)]
+            return [torch.randn(rows, dim, generator=draw).to(device) for rows in (vectors, codes)]
 
         sizes = [(64, 32, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 128, 8, 2), (32, 64, 4, 2)][: 2 if toy else 5]
         tilings = [{"BLOCK_M": m, "BLOCK_K": k, "num_warps": warps, "num_stages": stages} for m, k, warps, stages in sizes]
-        found.append(Tunable("quantize", "nearest", torch.float32, width, tilings, inputs, _run_sample))
+        found.append(Tunable("quantize", "nearest", torch.float32, dim, tilings, inputs, _run_sample))
     return found
 
 

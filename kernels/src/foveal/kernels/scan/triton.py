@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.kernels.configurations import tiling
+from foveal.kernels.gpu import width
 from foveal.kernels.scan.inputs import Gradients, Inputs, chunk
 from foveal.kernels.testing.compile import CompileCase
 from foveal.kernels.tune import Tunable
@@ -209,10 +210,6 @@ def backward_kernel(
         tl.debug_barrier()
 
 
-def _block_n(state: int) -> int:
-    return max(16, triton.next_power_of_2(state))
-
-
 def _warps(block_n: int, reverse: bool) -> int:
     """Warps of a program; what is read backwards is turned round on its way, which takes registers too."""
     return max(8, _WARPS[block_n]) if reverse else _WARPS[block_n]
@@ -225,7 +222,7 @@ def _contiguous(inputs: Inputs) -> Inputs:
 def _sizes(inputs: Inputs, kernel: str) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Run-time sizes and compile-time constants of a kernel."""
     per_b, per_c = (1 if matrix.dim() == 2 else inputs.dim // inputs.grouped(matrix).shape[1] for matrix in (inputs.B, inputs.C))
-    block_n = _block_n(inputs.state)
+    block_n = width(inputs.state)
     constants = {
         "STATE": inputs.state,
         "BLOCK_N": block_n,
@@ -318,7 +315,7 @@ def compile_cases() -> list[CompileCase]:
                 **({} if full else dict.fromkeys(optional)),
                 **({} if variant.startswith("packed") else {"starts": None}),
                 "STATE": state,
-                "BLOCK_N": _block_n(state),
+                "BLOCK_N": width(state),
                 "BLOCK_T": chunk("triton", state),
                 "SOFTPLUS": full,
                 "REVERSE": variant.startswith("reverse"),
@@ -331,7 +328,7 @@ def compile_cases() -> list[CompileCase]:
             absent: dict[str, Any] = {} if full else {"dD": None, "dz": None, "dbias": None}
             gradients |= {"dD": "*fp32", "dz": low, "dbias": "*fp32"} if full else {}
             quick = state == 16 and variant == "full-bf16"
-            options: dict[str, Any] = {"num_warps": _warps(_block_n(state), variant.startswith("reverse")), "num_stages": 1, "quick": quick}
+            options: dict[str, Any] = {"num_warps": _warps(width(state), variant.startswith("reverse")), "num_stages": 1, "quick": quick}
             for name, kernel, arguments, values in (
                 ("forward", forward_kernel, kept, constants),
                 ("backward", backward_kernel, gradients, constants | absent),
