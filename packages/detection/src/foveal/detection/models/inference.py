@@ -83,7 +83,11 @@ def _pointwise_of_two(chain: ConvolutionChain, coarse: Place, fine: Place, conv:
 def _split(chain: ConvolutionChain, parts: Sequence[Place], module: DSC3k2, doubled: bool = False) -> Place:
     """DSC3k2 of maps side by side, of which the first is doubled where `doubled`."""
     opened = _plain(module.split)
-    whole = _pointwise_of_two(chain, *parts, opened) if doubled else chain.convolve(parts, opened)
+    if doubled:
+        coarse, fine = parts
+        whole = _pointwise_of_two(chain, coarse, fine, opened)
+    else:
+        whole = chain.convolve(parts, opened)
     kept = chain.cut(whole, opened.out_channels // 2, opened.out_channels // 2)
     for block in module.blocks:
         assert isinstance(block, DSC3k | DSBottleneck)
@@ -109,8 +113,7 @@ class FoldedAreaStage(nn.Module):
 
     def __init__(self, source: AreaStage) -> None:
         super().__init__()
-        blocks = [block for group in source.blocks for block in group]  # type: ignore[union-attr]
-        assert all(isinstance(block, AreaBlock) for block in blocks)
+        blocks = [block for block in source.blocks.modules() if isinstance(block, AreaBlock)]
         self.heads, self.areas, self.layer_scale = blocks[0].attention.heads, blocks[0].attention.areas, source.layer_scale
         self.dim, self.group = source.reduce.conv.out_channels, len(source.blocks[0])  # type: ignore[arg-type]
         self.open = ConvolutionChain(source.reduce.conv.in_channels)
