@@ -24,6 +24,8 @@ SCHEDULES: dict[str, tuple[dict[str, Any], int]] = {
     "averaged weights": ({"callbacks": [lambda: EMAWeightAveraging(decay=0.7, use_buffers=False)]}, 0),
     "accumulated gradients": ({"accumulate_grad_batches": 2}, 0),
     "half of each epoch": ({"limit_train_batches": 6}, 0),
+    "a schedule that asks for the number of steps": ({"one_cycle": True}, 0),
+    "the same with two workers": ({"one_cycle": True}, 2),
 }
 
 
@@ -45,10 +47,10 @@ def train(folder: Path, settings: dict[str, Any], workers: int, cut: int | None 
 
     pl.seed_everything(0)
     settings = {"max_epochs": 3, **settings}
+    task = ToyTask(one_cycle=settings.pop("one_cycle", False))
     callbacks = [ResumePoint(3, str(folder)), *(make() for make in settings.pop("callbacks", ())), *([PowerCut(cut)] if cut else [])]
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1, "accelerator": "cpu"}
     trainer = pl.Trainer(logger=MetricsFile(folder), callbacks=callbacks, **quiet, **settings)  # type: ignore[arg-type]
-    task = ToyTask()
     trainer.fit(task, ToyData(workers), ckpt_path=str(folder / "last.ckpt") if resume else None)
     return task.state_dict()
 

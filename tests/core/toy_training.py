@@ -50,12 +50,13 @@ class ToyData(pl.LightningDataModule):
 
 
 class ToyTask(pl.LightningModule):
-    """Regression; `step_seconds` slows it down so that a test can kill it in the middle."""
+    """Regression; `step_seconds` slows it down so that a test can kill it in the middle, `one_cycle` asks Lightning how many steps there will be."""
 
-    def __init__(self, step_seconds: float = 0.0, learning_rate: float = 1e-2) -> None:
+    def __init__(self, step_seconds: float = 0.0, learning_rate: float = 1e-2, one_cycle: bool = False) -> None:
         super().__init__()
         self.step_seconds = step_seconds
         self.learning_rate = learning_rate
+        self.one_cycle = one_cycle
         self.net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 1))
         self.train_error = MeanMetric()
 
@@ -72,5 +73,8 @@ class ToyTask(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+        if self.one_cycle:
+            cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=int(self.trainer.estimated_stepping_batches))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.5)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val/loss"}}

@@ -45,6 +45,11 @@ class ResumePoint(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_at = trainer.global_step
+        loop = trainer.fit_loop
+        if loop._combined_loader_states_to_load and loop._data_fetcher is not None:
+            # A schedule that asked for `estimated_stepping_batches` had the loaders made before their positions were read from the checkpoint.
+            loop._load_combined_loader_states()
+            iter(loop._data_fetcher)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         # Here and not earlier: whatever set-up drew from the generators does not matter any more.
