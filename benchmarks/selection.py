@@ -146,8 +146,12 @@ def measure(name: str, load: Callable[[], Selected], repeat: int) -> dict[str, o
         before, start = resident("VmRSS"), time.process_time()
         kept_x, kept_y = select(learn_x, y[learn], repeat)
         seconds, memory = time.process_time() - start, max(0.0, resident("VmHWM") - before)
+        if len(kept_y):
+            accuracy = accuracies(kept_x, kept_y, held_x, y[held])
+        else:  # nothing kept: the commonest class is all that is left to say
+            accuracy = dict.fromkeys(CLASSIFIERS, float((y[held] == np.bincount(y[learn]).argmax()).mean()))
         found[selector] = {
-            "accuracy": {model: round(value, 5) for model, value in accuracies(kept_x, kept_y, held_x, y[held]).items()},
+            "accuracy": {model: round(value, 5) for model, value in accuracy.items()},
             "reduction": round(1 - len(kept_y) / len(learn), 5),
             "seconds": round(seconds, 3),
             "megabytes": round(memory, 2),
