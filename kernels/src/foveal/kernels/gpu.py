@@ -1,12 +1,8 @@
-"""What the launchers of all families ask of a GPU: which table of tilings it takes, how wide a tile is, how float32 enters its products.
-
-Only a family's triton.py and what stands beside it imports this module: it imports triton.
-"""
+"""What the launchers of all families ask of a GPU: which table of tilings it takes, how wide a tile is, how float32 enters its products."""
 
 from __future__ import annotations
 
 import torch
-import triton
 
 from foveal.kernels.dispatch import interpreting
 
@@ -23,7 +19,7 @@ def architecture(device: torch.device) -> str:
 
 def width(dim: int) -> int:
     """Columns of a tile that holds `dim`: a power of two, at least the 16 that a matrix instruction takes."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, 1 << (dim - 1).bit_length())
 
 
 def precision(*, close: bool = False) -> str:
