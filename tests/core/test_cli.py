@@ -33,6 +33,19 @@ def test_a_runs_folder_holds_config_metrics_curves_checkpoints_and_wandb(
     assert config["trainer"]["logger"]["init_args"]["offline"] is True
 
 
+def test_wandb_writes_into_a_runs_folder_also_where_an_earlier_run_of_the_process_had_another_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        Wandb(save_dir="run").experiment.log({"loss": 1.0})
+        wandb.finish()
+        assert list((tmp_path / name / "run" / "wandb").glob("offline-run-*/run-*.wandb")), name
+
+
 def test_the_saved_config_runs_again(fit: Callable[..., Path], workplace: Path) -> None:
     first = fit("--trainer.max_epochs", "1", "--model.init_args.learning_rate", "0.003")
     cli = FovealCLI("toys", ["fit", "--config", str(first / "config.yaml"), "--experiment", "again"])

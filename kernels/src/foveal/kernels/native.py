@@ -85,9 +85,13 @@ def cache_file(source: Path) -> Path:
     return cache_folder() / f"{source.stem}-{digest}{SUFFIX}"
 
 
+#: Seconds by which a source must be newer than its library to be another one: installers write the files of a wheel in any order.
+INSTALLED_TOGETHER = 60.0
+
+
 def _is_current(library: Path, source: Path) -> bool:
     texts = [text.stat().st_mtime for text in (source, HEADER) if text.exists()]
-    return library.exists() and (not source.exists() or library.stat().st_mtime >= max(texts))
+    return library.exists() and (not source.exists() or library.stat().st_mtime >= max(texts) - INSTALLED_TOGETHER)
 
 
 @functools.cache

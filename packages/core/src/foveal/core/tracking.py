@@ -103,10 +103,14 @@ class Wandb(WandbLogger):
         if self._experiment is None and self._failed is None:
             import wandb
 
-            Path(self.save_dir or ".").mkdir(parents=True, exist_ok=True)
+            # wandb's service outlives a run and keeps the working folder of the first one: a relative path would lead there.
+            folder = Path(self.save_dir or ".").resolve()
+            folder.mkdir(parents=True, exist_ok=True)
             try:
                 self._experiment = wandb.init(
-                    **self._wandb_init, mode="offline" if self._offline else "online", settings=wandb.Settings(console="off", silent=True)
+                    **{**self._wandb_init, "dir": str(folder)},
+                    mode="offline" if self._offline else "online",
+                    settings=wandb.Settings(console="off", silent=True),
                 )
                 self._experiment.define_metric("trainer/global_step")
                 self._experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
