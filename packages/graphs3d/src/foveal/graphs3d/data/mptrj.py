@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import ase
 import ase.units
@@ -19,6 +19,7 @@ import numpy as np
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from foveal.core.errors import UserError
+from foveal.graphs3d.data.rows import StructureRows
 
 _CHUNK = 1 << 22
 _BLANK = " \t\r\n,:{"
@@ -85,7 +86,7 @@ def structure_of(frame: dict[str, Any]) -> ase.Atoms:
     return atoms
 
 
-class JsonFrames(Sequence[ase.Atoms]):
+class JsonFrames(StructureRows):
     """All frames of an MPtrj file, in its order; the file is gone through once, then frames are read when asked for.
 
     Args:
@@ -107,16 +108,8 @@ class JsonFrames(Sequence[ase.Atoms]):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    @overload
-    def __getitem__(self, index: int) -> ase.Atoms: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[ase.Atoms]: ...
-    def __getitem__(self, index: int | slice) -> ase.Atoms | list[ase.Atoms]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
+    def read(self, index: int) -> ase.Atoms:
+        """The structure at a place from 0 on."""
         material = bisect.bisect_right(self._ends, index)
         if self._kept[0] != material:
             start, end = self._places[material]

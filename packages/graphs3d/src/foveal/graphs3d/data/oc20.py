@@ -15,9 +15,9 @@ import os
 import pickle
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import ase
 import numpy as np
@@ -26,6 +26,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 
 from foveal.core.errors import UserError
+from foveal.graphs3d.data.rows import StructureRows
 
 
 class _Record:
@@ -99,7 +100,7 @@ def structure_of(row: dict[str, Any]) -> ase.Atoms:
     return atoms
 
 
-class PickledRows(Sequence[ase.Atoms]):
+class PickledRows(StructureRows):
     """Rows of an OC20 LMDB file, each read when asked for.
 
     Args:
@@ -125,16 +126,8 @@ class PickledRows(Sequence[ase.Atoms]):
     def __len__(self) -> int:
         return self._count
 
-    @overload
-    def __getitem__(self, index: int) -> ase.Atoms: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[ase.Atoms]: ...
-    def __getitem__(self, index: int | slice) -> ase.Atoms | list[ase.Atoms]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
+    def read(self, index: int) -> ase.Atoms:
+        """The structure at a place from 0 on."""
         if self._open.process != os.getpid():
             self._open = _opened(self.path)
         with self._open.rows() as rows:

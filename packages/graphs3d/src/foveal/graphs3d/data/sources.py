@@ -16,7 +16,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import ase
 import ase.db
@@ -25,13 +25,14 @@ import numpy as np
 from foveal.core.errors import UserError
 from foveal.graphs3d.data.mptrj import JsonFrames, is_mptrj
 from foveal.graphs3d.data.oc20 import PickledRows
+from foveal.graphs3d.data.rows import StructureRows
 from foveal.graphs3d.data.structures import SUFFIXES, read_structures
 
 _DATABASES = (".db", ".aselmdb")
 _FOLDER = (*SUFFIXES, ".aselmdb", ".lmdb", ".extxyz.xz", ".extxyz.gz", ".xyz.xz", ".xyz.gz")
 
 
-class DatabaseRows(Sequence[ase.Atoms]):
+class DatabaseRows(StructureRows):
     """Rows of an ASE database, each read when asked for.
 
     Args:
@@ -55,13 +56,8 @@ class DatabaseRows(Sequence[ase.Atoms]):
     def __len__(self) -> int:
         return len(self._ids)
 
-    @overload
-    def __getitem__(self, index: int) -> ase.Atoms: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[ase.Atoms]: ...
-    def __getitem__(self, index: int | slice) -> ase.Atoms | list[ase.Atoms]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+    def read(self, index: int) -> ase.Atoms:
+        """The structure at a place from 0 on."""
         if self._process != os.getpid():
             self._database, self._process = _connect(self.path), os.getpid()
         return self._database.get(id=int(self._ids[index])).toatoms()
@@ -97,7 +93,7 @@ def _connect(path: Path) -> Any:
     return opened
 
 
-class Joined(Sequence[ase.Atoms]):
+class Joined(StructureRows):
     """Several sources as one."""
 
     def __init__(self, sources: Sequence[Sequence[ase.Atoms]]) -> None:
@@ -107,16 +103,8 @@ class Joined(Sequence[ase.Atoms]):
     def __len__(self) -> int:
         return self.ends[-1]
 
-    @overload
-    def __getitem__(self, index: int) -> ase.Atoms: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[ase.Atoms]: ...
-    def __getitem__(self, index: int | slice) -> ase.Atoms | list[ase.Atoms]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
+    def read(self, index: int) -> ase.Atoms:
+        """The structure at a place from 0 on."""
         source = bisect.bisect_right(self.ends, index)
         return self.sources[source][index - (self.ends[source - 1] if source else 0)]
 
