@@ -292,6 +292,8 @@ def test_weights_that_cannot_know_heads_are_said_to_be_such_on_the_screen_and_in
     warned, written = capsys.readouterr().err, json.loads((tmp_path / "a.json").read_text())
     assert ("warning:" in warned) == ("warning" in written) == (said is not None)
     assert said is None or (said in warned and said in written["warning"])
+    top = np.asarray(Image.open(tmp_path / "a.jpg")).astype(int)[1, :, :].mean(0)
+    assert (top[0] > top[1] + 60) == (said is not None)  # a red strip across the picture
 
 
 def test_without_weights_and_with_wrong_ones_it_is_said_what_to_do(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:

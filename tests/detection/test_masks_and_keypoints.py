@@ -221,6 +221,17 @@ def test_the_command_writes_what_pycocotools_reads_and_measures_alike(
     assert len(json.loads(stored.read_text())) == len(json.loads((tmp_path / "out" / "predictions.json").read_text())) > 100
 
 
+@pytest.mark.parametrize("task", ["segment", "pose"])
+def test_masks_and_keypoints_are_learned_from_a_folder(folders: dict[str, Path], task: str) -> None:
+    """A step of training, and a validation, on augmented pictures of the folder."""
+    data = DetectionData(source=str(folders[task]), task=task, image_size=64, batch_size=2)
+    trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, fast_dev_run=1, enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(DetectionTask(YOLOv13Config("n", 2, task, (3, 3))), data)
+    part = {"segment": ("seg_loss", "mask_AP"), "pose": ("pose_loss", "keypoint_AP")}[task]
+    assert np.isfinite(float(trainer.callback_metrics[f"train/{part[0]}"]))
+    assert 0 <= float(trainer.callback_metrics[f"val/{part[1]}"]) <= 1
+
+
 def test_labels_without_masks_are_measured_by_their_boxes_and_the_user_is_told(folders: dict[str, Path]) -> None:
     labels = read_labels(folders["segment"], "test")
     network: Any = Knows(labels, "segment")

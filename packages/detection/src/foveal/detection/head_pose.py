@@ -243,7 +243,7 @@ def head_pose_command(
         with report.item(file) as entry:
             image = read_picture(file)
             found = poser(image, score, overlap)
-            drawn = Image.fromarray(draw_heads(image, found))
+            drawn = Image.fromarray(draw_heads(image, found, poser.doubt))
             drawn.thumbnail((8192, 8192))
             with atomic_write(drawn_file) as temporary:
                 drawn.save(temporary, quality=92)
