@@ -25,8 +25,9 @@ from foveal.medical.metrics import dice_scores, mean_known
 from foveal.medical.tasks.schedules import rising_then_cosine
 from foveal.medical.volumes import Volume
 
-#: Kernels with fewer outputs, or of fewer inputs, are not Muon's: the heads' rows are classes, which need not be of equal strength.
-_KERNEL = 8
+#: Smaller sides, as matrices, of the kernels that are Muon's. Heads have fewer rows: classes need not be of equal strength. Turning a larger matrix
+#: takes longer than the pass through the network does.
+_KERNELS = range(8, 129)
 
 Loss = Literal["guided", "dice_ce", "bce_dice"]
 
@@ -41,7 +42,7 @@ class SegmentationTask(pl.LightningModule):
         network: slices to logits.
         loss: "guided" (needs `GuidedAttentionNet`), "dice_ce", or "bce_dice" for one class with targets 0 and 1.
         dice_weight: of a soft Dice loss of the second stage's mean logits, added to the guided loss; the paper has none.
-        optimizer: "adam", "adamw", or "muon": Muon for the convolutions' kernels, Adam for all else.
+        optimizer: "adam", "adamw", or "muon": Muon for the convolutions' kernels (up to 128 channels), Adam for all else.
         learning_rate: highest.
         matrix_learning_rate: of Muon, highest.
         betas: of the optimiser.
@@ -157,7 +158,7 @@ class SegmentationTask(pl.LightningModule):
     def _optimizer(self) -> torch.optim.Optimizer:
         parameters = list(self.network.parameters())
         if self.optimizer == "muon":
-            kernels = [parameter for parameter in parameters if parameter.dim() > 2 and min(len(parameter), parameter[0].numel()) >= _KERNEL]
+            kernels = [parameter for parameter in parameters if parameter.dim() > 2 and min(len(parameter), parameter[0].numel()) in _KERNELS]
             others = [parameter for parameter in parameters if not any(parameter is kernel for kernel in kernels)]
             return Muon([], others, self.matrix_learning_rate, self.learning_rate, 0.9, self.betas, self.weight_decay, kernels)
         kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
