@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from foveal.audio.models.tiger import TIGER, TIGERConfig
-from foveal.audio.tasks.muon import Muon, orthogonalised
 from foveal.audio.tasks.separation import SeparationTask
+from foveal.core.muon import Muon, orthogonalised
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (16, 6), (6, 16)])
