@@ -18,9 +18,9 @@ from foveal.audio.losses import pairwise_si_sdr, pairwise_snr, pit, pit_loss
 from foveal.audio.metrics import has_perceptual_extras, perceptual_scores, reorder, sdr_improvement, si_sdr_improvement
 from foveal.audio.plots import plot_separation
 from foveal.audio.tasks.mixture_report import MixtureReport, show_example
-from foveal.audio.tasks.muon import Muon
 from foveal.core.checkpoint import load_weights
 from foveal.core.errors import UserError
+from foveal.core.muon import Muon
 
 
 class SeparationTask(pl.LightningModule):

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from foveal.core.checkpoint import load_weights, save_weights
 from foveal.core.errors import UserError
+from foveal.core.muon import Muon
 from foveal.core.run_folder import current
 from foveal.graphs3d.checkpoints import bundled_weights, energy_terms, model_from_weights
 from foveal.graphs3d.checkpoints.terms import EnergyTerms
 from foveal.graphs3d.data.labelled import Labelled
 from foveal.graphs3d.data.structures import UNITS, labels_of, without_labels
 from foveal.graphs3d.models.equiformer_v3 import Denoising, EquiformerV3, Prediction
+from foveal.graphs3d.models.equivariant import DegreeLinear
 from foveal.graphs3d.plots import draw_parity
 from foveal.graphs3d.tasks.references import element_references, force_scale
 
@@ -43,7 +45,8 @@ class PotentialTask(pl.LightningModule):
         network: to train; None takes that of `weights`.
         weights: a ``.safetensors`` file of ours to start from (fine-tuning), or "bundled"; None starts anew.
         learning_rate: of AdamW, at its largest.
-        weight_decay: not on embeddings, biases and norms.
+        matrix_learning_rate: trains the matrices with `Muon` at this rate, at its largest; None trains all parameters with AdamW, as the paper does.
+        weight_decay: not on embeddings, biases and norms; with `matrix_learning_rate` on matrices alone.
         betas: of AdamW.
         eps: of AdamW.
         warmup: share of all steps in which the rate rises.
@@ -71,6 +74,7 @@ class PotentialTask(pl.LightningModule):
         network: EquiformerV3 | None = None,
         weights: str | None = None,
         learning_rate: float = 2e-4,
+        matrix_learning_rate: float | None = None,
         weight_decay: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-6,
@@ -88,7 +92,8 @@ class PotentialTask(pl.LightningModule):
         super().__init__()
         self.started_from = str(bundled_weights()) if weights == "bundled" else weights
         self.network = _network(network, self.started_from)
-        self.learning_rate, self.weight_decay, self.betas, self.eps = learning_rate, weight_decay, tuple(betas), eps
+        self.learning_rate, self.matrix_learning_rate = learning_rate, matrix_learning_rate
+        self.weight_decay, self.betas, self.eps = weight_decay, tuple(betas), eps
         self.warmup, self.warmup_factor, self.final_rate = warmup, warmup_factor, final_rate
         self.loss_weights = {"energy": energy_weight, "forces": forces_weight, "stress": stress_weight, "denoising": denoising_weight}
         self.energy_per_atom, self.wanted_scale, self.fitted_references = energy_per_atom, scale, references
@@ -252,15 +257,24 @@ class PotentialTask(pl.LightningModule):
         return save_weights(target, self.network.state_dict(), system="equiformer_v3", config=config, metadata=metadata, dtype=dtype, card=card)
 
     def configure_optimizers(self) -> Any:
-        """AdamW; warm-up, then a cosine over the whole run."""
+        """AdamW, or Muon for matrices; warm-up, then a cosine over the whole run."""
+        optimizer = self._optimizer()
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate), "interval": "step"}}
+
+    def _optimizer(self) -> torch.optim.Optimizer:
         plain = {id(parameter) for module in self.network.modules() for parameter in _undecayed(module)}
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        if self.matrix_learning_rate is not None:
+            matrices = [parameter for parameter in _matrices(self.network) if parameter.requires_grad]
+            chosen = {id(parameter) for parameter in matrices}
+            others = [parameter for parameter in parameters if id(parameter) not in chosen]
+            rates = {"matrix_learning_rate": self.matrix_learning_rate, "learning_rate": self.learning_rate}
+            return Muon(matrices, others, betas=self.betas, weight_decay=self.weight_decay, **rates)
         groups = [
             {"params": [parameter for parameter in parameters if id(parameter) not in plain], "weight_decay": self.weight_decay},
             {"params": [parameter for parameter in parameters if id(parameter) in plain], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps)  # type: ignore[arg-type]
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate), "interval": "step"}}
+        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps)  # type: ignore[arg-type]
 
     def _rate(self, step: int) -> float:
         # The trainer is asked each time: a resumed run may be told to end at another step.
@@ -277,6 +291,12 @@ def _undecayed(module: nn.Module) -> list[nn.Parameter]:
     """Of a module's own parameters those that weight decay would only harm: embeddings, norms, biases."""
     everything = isinstance(module, (nn.Embedding, nn.LayerNorm)) or type(module).__name__ == "MergedLayerNorm"
     return [parameter for name, parameter in module.named_parameters(recurse=False) if everything or name == "bias"]
+
+
+def _matrices(network: EquiformerV3) -> list[nn.Parameter]:
+    """Maps between channels; one to or from a single number is no matrix."""
+    maps = [module.weight for module in network.modules() if isinstance(module, (nn.Linear, DegreeLinear))]
+    return [weight for weight in maps if min(weight.shape[-2:]) > 1]
 
 
 def _network(network: EquiformerV3 | None, weights: str | None) -> EquiformerV3:
