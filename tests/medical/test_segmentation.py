@@ -117,7 +117,7 @@ def test_the_command_takes_views_by_their_names(segmenter, scan, tmp_path, capsy
     several = Segmenter(segmenter.network, segmenter.preparation, segmenter.class_names, "cpu", views=("shifted", "mirrored_width"))
     (written,) = (tmp_path / "seen").glob("*_left_probability.nii.gz")
     np.testing.assert_allclose(read_volume(written).voxels, several.probabilities(scan)[1], atol=1e-5)
-    assert run([*command, str(tmp_path / "turned"), "--views", "turned"]) != 0
+    assert run([*command, str(tmp_path / "turned"), "--views", "turned"]) == 2
     assert "got turned" in capsys.readouterr().err
 
 
