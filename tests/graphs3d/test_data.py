@@ -123,16 +123,42 @@ def test_batches_stay_within_their_edges_and_hold_every_structure_once():
     assert len(EdgeBatches([500, 500], 8, 100)) == 2
 
 
-def test_processes_take_turns_at_the_batches_and_have_equally_many(monkeypatch):
+@pytest.fixture
+def shares(monkeypatch):
+    """What each of three processes is given."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 3)
-    shares = []
-    for rank in range(3):
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None, rank=rank: rank)
-        shares.append(EdgeBatches(list(range(1, 42)), 4, 60).batches())
-    assert len({len(share) for share in shares}) == 1
-    items = [index for share in shares for batch in share for _, index in batch]
+
+    def of_each(*arguments, **options) -> list[list[list[int]]]:
+        found = []
+        for rank in range(3):
+            monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None, rank=rank: rank)
+            found.append([[index for _, index in batch] for batch in EdgeBatches(*arguments, **options).batches()])
+        return found
+
+    return of_each
+
+
+def test_processes_take_turns_at_the_batches_and_have_equally_many(shares):
+    found = shares(list(range(1, 42)), 4, 60)
+    assert len({len(share) for share in found}) == 1
+    items = [index for share in found for batch in share for index in batch]
     assert len(items) == len(set(items))
+
+
+@pytest.mark.parametrize(("structures", "batch_size"), [(3, 4), (5, 4), (8, 4), (41, 4), (4, 1)])
+def test_processes_measure_every_structure(shares, structures, batch_size):
+    found = shares([1] * structures, batch_size, None, shuffle=False)
+    assert len({len(share) for share in found}) == 1
+    items = [index for share in found for batch in share for index in batch]
+    assert set(items) == set(range(structures))
+    assert len(items) == structures or batch_size == 1, "only single structures that do not come out even are measured twice"
+
+
+def test_every_process_has_something_to_learn_from(shares):
+    assert sorted(index for share in shares([1] * 4, 4) for batch in share for index in batch) == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="at least 3 structures, one for each process; got 2; use fewer processes"):
+        shares([1, 1], 4)
 
 
 def test_a_stopped_epoch_goes_on_with_the_batches_that_were_left():

@@ -74,3 +74,12 @@ def test_every_parameter_of_the_network_is_trained_once():
     assert len(trained) == len(set(trained)) == len(list(task.parameters()))
     matrices, _ = optimizer.param_groups
     assert {id(one) for one in matrices["params"]} == {id(module.weight) for module in task.modules() if isinstance(module, nn.Linear)}
+
+
+def test_a_convolutions_kernel_is_turned_as_the_matrix_of_outputs_and_all_else():
+    torch.manual_seed(0)
+    kernel, matrix = nn.Parameter(torch.zeros(6, 4, 3, 3)), nn.Parameter(torch.zeros(6, 36))
+    kernel.grad = torch.randn(6, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    matrix.grad = kernel.grad.reshape(6, 36)
+    Muon([matrix], [], kernels=[kernel]).step()
+    torch.testing.assert_close(kernel.reshape(6, 36), matrix)

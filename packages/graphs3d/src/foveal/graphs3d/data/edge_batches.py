@@ -16,6 +16,8 @@ from foveal.core.resumable import SeededItems
 class EdgeBatches(DistributedSampler):
     """Lists of (epoch, index): a new order each epoch, packed in that order; processes take turns at the batches, so all have equally many.
 
+    In training a last round that is not full is left out.
+
     Args:
         edges: of each structure.
         batch_size: structures in a batch, at most.
@@ -32,7 +34,11 @@ class EdgeBatches(DistributedSampler):
         self.start = 0
 
     def batches(self) -> list[list[tuple[int, int]]]:
-        """The epoch's batches of this process."""
+        """The epoch's batches of this process.
+
+        Raises:
+            UserError: fewer structures than processes.
+        """
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.edges)).tolist() if self.shuffle else range(len(self.edges))
         packed: list[list[tuple[int, int]]] = []
         room = 0.0
@@ -43,9 +49,25 @@ class EdgeBatches(DistributedSampler):
                 room = limit
             packed[-1].append((self.epoch, index))
             room -= self.edges[index]
-        if self.num_replicas > 1 and len(packed) >= self.num_replicas:
-            packed = packed[: len(packed) // self.num_replicas * self.num_replicas]
-        return packed[self.rank :: self.num_replicas]
+        return self._shared(packed)[self.rank :: self.num_replicas]
+
+    def _shared(self, packed: list[list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
+        """A multiple of the processes: batches are halved where training would have none for a process, and where measuring would leave any out."""
+        processes = self.num_replicas
+        if processes == 1:
+            return packed
+        while len(packed) < processes if self.shuffle else len(packed) % processes:
+            largest = max(packed, key=len, default=[])
+            if len(largest) < 2:
+                break
+            place, half = packed.index(largest), len(largest) // 2
+            packed[place : place + 1] = [largest[:half], largest[half:]]
+        if len(packed) < processes:
+            raise UserError(f"expected at least {processes} structures, one for each process; got {len(packed)}; use fewer processes")
+        if self.shuffle:
+            return packed[: len(packed) // processes * processes]
+        # Single structures alone are left: some are measured twice, as torch's own sampler does.
+        return packed + packed[: -len(packed) % processes]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.batches()[self.start :])
