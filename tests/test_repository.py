@@ -111,8 +111,8 @@ def test_foveal_is_a_namespace_that_no_distribution_owns() -> None:
 def test_every_distribution_has_licence_readme_types_and_a_place_in_the_type_check(project: Path) -> None:
     (room,) = (folder for folder in (project / "src" / "foveal").iterdir() if folder.name != "__pycache__")
     assert (room / "py.typed").exists()
-    assert len((project / "README.md").read_text()) > 200
-    assert len((project / "LICENSE").read_text()) > 5000
+    assert len((project / "README.md").read_text(encoding="utf-8")) > 200
+    assert len((project / "LICENSE").read_text(encoding="utf-8")) > 5000
     checked = tomllib.loads(TEXTS["pyproject.toml"])["tool"]["mypy"]
     assert f"foveal.{room.name}" in checked["packages"]
     assert str((project / "src").relative_to(ROOT)) in checked["mypy_path"].split(":")
@@ -132,14 +132,16 @@ def test_every_file_of_settings_parses(name: str) -> None:
 def test_the_citation_has_what_its_format_asks_for() -> None:
     citation = yaml.safe_load(TEXTS["CITATION.cff"])
     assert {"cff-version", "message", "title", "authors", "version", "license"} <= set(citation)
-    assert {str(citation["version"])} == {tomllib.loads((project / "pyproject.toml").read_text())["project"]["version"] for project in PROJECTS}
+    assert {str(citation["version"])} == {
+        tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"] for project in PROJECTS
+    }
     for reference in citation["references"]:
         assert {"type", "title", "authors", "year"} <= set(reference), reference["title"]
 
 
 def _public_names() -> list[tuple[str, str]]:
     modules = [
-        (str(path.relative_to(source).with_suffix("")).replace("/", ".").removesuffix(".__init__"), path.read_text())
+        (str(path.relative_to(source).with_suffix("")).replace("/", ".").removesuffix(".__init__"), path.read_text(encoding="utf-8"))
         for source in (project / "src" for project in PROJECTS)
         for path in sorted(source.rglob("*.py"))
     ]

@@ -32,7 +32,7 @@ def test_weights_come_back_with_their_config_system_and_card(tmp_path: Path) -> 
     assert weights.state["a.weight"].dtype == torch.float16
     assert weights.state["count"].dtype == torch.int64
     assert torch.equal(weights.state["tied"], shared.half())
-    assert file.with_suffix(".md").read_text() == "# Toy\n"
+    assert file.with_suffix(".md").read_text(encoding="utf-8") == "# Toy\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small.md", "small.safetensors"]
 
 

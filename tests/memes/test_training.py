@@ -55,7 +55,7 @@ def test_a_run_learns_reports_and_becomes_weights_that_score_the_same(harmeme, t
     assert float(cli.trainer.callback_metrics["val/harmful/auroc"]) > 0.8  # gardens and drums are told apart
     checkpoint = next(tmp_path.rglob("best.ckpt"))
     FovealCLI("memes", small(harmeme, tmp_path, "test", "--ckpt_path", "best"))
-    report = json.loads(next(tmp_path.rglob("test.json")).read_text())
+    report = json.loads(next(tmp_path.rglob("test.json")).read_text(encoding="utf-8"))
     assert report["memes"] == 24
     low, high = report["intervals"]["harmful/auroc"]
     assert low <= report["all"]["harmful/auroc"] <= high
@@ -118,7 +118,7 @@ def test_the_papers_recipe_trains_from_the_corpus_own_files(encoders, tmp_path) 
     assert cli.datamodule.train.vectors["reason"].shape[1] == cli.datamodule.train.vectors["image"].shape[1] == 768
     assert not torch.equal(cli.datamodule.train.vectors["text"], cli.datamodule.train.vectors["reason"])
     FovealCLI("memes", ["test", *options, "--ckpt_path", "best"])
-    report = json.loads(next((tmp_path / "runs").rglob("test.json")).read_text())
+    report = json.loads(next((tmp_path / "runs").rglob("test.json")).read_text(encoding="utf-8"))
     assert {name.split("/")[0] for name in report["all"]} == {"dark", "target", "intensity"}
 
 
