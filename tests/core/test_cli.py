@@ -81,6 +81,7 @@ MISTAKES = {
     "an unknown trainer key": (["--trainer.max_epoch", "3"], "max_epoch"),
     "an unknown key of the model": (["--model.init_args.rate", "3"], "rate"),
     "a word for a number": (["--model.init_args.learning_rate", "fast"], "learning_rate: Expected a float"),
+    "a number that the model refuses": (["--model.init_args.learning_rate", "-1"], "learning_rate must be above 0; got -1.0"),
     "a class that is not there": (["--model", "toy_training.Tory"], "no attribute 'Tory'"),
     "an accelerator that is not there": (["--trainer.accelerator", "abacus"], "abacus"),
     "a config file that is not there": (["--config", "gone.yaml"], "gone.yaml"),

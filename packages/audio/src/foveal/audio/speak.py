@@ -198,7 +198,11 @@ class Speaker:
         return sentences, warnings
 
     def say(self, sentence: str, index: int = 0) -> Sentence:
-        """Say one normalised sentence; `index` changes the random numbers from sentence to sentence."""
+        """Say one normalised sentence; `index` changes the random numbers from sentence to sentence.
+
+        Raises:
+            UserError: none of its letters is among the voice's symbols.
+        """
         spelled = spell(sentence, self.voice.alphabet, self.voice.language)
         numbers, _ = self.voice.vocabulary.encode(spelled)
         if len(numbers) < 2:
