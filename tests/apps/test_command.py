@@ -158,7 +158,7 @@ def test_convert_keeps_an_existing_file_and_names_an_unknown_system(tmp_path: Pa
     target.write_text("precious")
     assert main.run(["audio", "convert", "tiger", str(tmp_path / "theirs.pth"), str(target)]) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert target.read_text() == "precious"
+    assert target.read_text(encoding="utf-8") == "precious"
 
 
 def test_a_checkpoint_converts_to_ours_and_back_to_the_same_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
