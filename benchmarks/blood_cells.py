@@ -85,7 +85,7 @@ def train(name: str, optimizer: str, seed: int, epochs: int, image_size: int, fo
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_epochs=epochs, limit_val_batches=0, gradient_clip_val=10.0, logger=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=run,
-        callbacks=[RampedAverage(decay=0.99, ramp=100), ResumePoint(every_n_steps=50, folder=str(run))], enable_checkpointing=False,
+        callbacks=[RampedAverage(decay=0.99, ramp=100), ResumePoint(every_n_steps=50, folder=str(run))],
     )  # fmt: skip
     last = run / "last.ckpt"
     start = time.process_time()
