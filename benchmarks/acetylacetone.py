@@ -8,7 +8,8 @@
 One thread, single precision. Both learn from the same 470 structures at 300 K, keep the averaged weights that are best on the same other 30, looked
 at after every 500 steps of five structures, and lower their rates to zero along a cosine that ends with the time. CPU seconds count all that the
 process does: imports, reading, validation, pictures. A run that was cut is gone on with by the same command. Errors are of the 650 structures at
-300 K and the 650 at 600 K. Writes benchmarks/results/acetylacetone.json; `--steps` shortens our run, `--channels`, `--max_l`, `--learning_rate` and `--seconds` change MACE's.
+300 K and the 650 at 600 K. Writes benchmarks/results/acetylacetone.json;
+`--steps` shortens our run, `--channels`, `--max_l`, `--learning_rate` and `--seconds` change MACE's.
 
 MACE (Batatia et al., NeurIPS 2022): two layers, correlation 3, max_ell 3, 8 Bessel functions, cutoff 5 A, and Adam with amsgrad, the decay, the
 average, the gradient's clipping and the losses' weights that are its package's defaults.
