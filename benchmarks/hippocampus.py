@@ -64,16 +64,19 @@ if __name__ == "__main__":
     parser.add_argument("--root", help="folder of the corpus, where it is not the configurations'")
     parser.add_argument("--steps", type=int, help="of each training, instead of the configurations'")
     asked = parser.parse_args()
-    report: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {"folds": {}}
     for number in asked.folds:
         for name in asked.networks:
-            known = report["folds"].setdefault(f"fold {number}", {})
-            known[name] = trained_and_tested(name, number, asked.runs, asked.root, asked.steps)
+            figures = trained_and_tested(name, number, asked.runs, asked.root, asked.steps)
+            # Read anew: another process may have measured other folds meanwhile.
+            report: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {"folds": {}}
+            report["folds"].setdefault(f"fold {number}", {})[name] = figures
+            report["folds"] = dict(sorted(report["folds"].items()))
             report["machine"] = machine()
-            report["mean dice"] = {
-                each: round(float(np.mean([fold[each]["dice"] for fold in report["folds"].values() if each in fold])), 4)
-                for each in CONFIGS
-                if any(each in fold for fold in report["folds"].values())
-            }
+            for measure in ("dice", "hd95 (mm)"):
+                report[f"mean {measure}"] = {
+                    each: round(float(np.mean([fold[each][measure] for fold in report["folds"].values() if each in fold])), 4)
+                    for each in CONFIGS
+                    if any(each in fold for fold in report["folds"].values())
+                }
             RESULT.write_text(json.dumps(report, indent=1) + "\n")
-            print(f"fold {number} {name}: {known[name]}", flush=True)
+            print(f"fold {number} {name}: {figures}", flush=True)

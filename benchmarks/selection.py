@@ -9,7 +9,7 @@ definition), seconds of process time, and the most resident memory beyond what w
     python benchmarks/selection.py [--repeats 1] [--sets iris,wine] [--summary]
 
 One line a split is appended to benchmarks/results/selection.jsonl; one that is there is not run again. --summary draws the critical differences
-(Friedman's test, then Nemenyi's) and prints the table.
+(Friedman's test, then Nemenyi's), prints the table and writes a line for every set to benchmarks/results/selection.md.
 """
 
 from __future__ import annotations
@@ -206,6 +206,21 @@ def draw_critical_differences(ranks: dict[str, float], difference: float, title:
     return figure
 
 
+def every_table(sets: list[str], table: dict[str, dict[str, dict[str, float]]]) -> str:
+    """A line a set, largest first: its size, the accuracy that all rows give, and what each selector changes in it, in points."""
+    known = {line["set"]: line for line in map(json.loads, ROWS.read_text().splitlines())}
+    names = [name for name in SELECTORS if name != "all rows"]
+    head = ["table", "learned from", "features", "classes", "all rows (%)", *names]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for one in sorted(sets, key=lambda each: -known[each]["learned_from"]):
+        full = table["all rows"][one]["accuracy"]
+        changes = [f"{100 * (table[name][one]['accuracy'] - full):+.1f}" for name in names]
+        lines.append(
+            "| " + " | ".join([one, *(str(known[one][key]) for key in ("learned_from", "features", "classes")), f"{100 * full:.1f}", *changes]) + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def summarise() -> None:
     sets, table = read()
 
@@ -235,6 +250,7 @@ def summarise() -> None:
     about = {"sets": len(sets), "lines": len(ROWS.read_text().splitlines()), "friedman_p": p, "critical_difference": difference}
     document = {"machine": machine(), **about, "mean_ranks": ranks, "selectors": summary}
     (RESULTS / "selection.json").write_text(json.dumps(document, indent=1) + "\n")
+    (RESULTS / "selection.md").write_text(f"Change of accuracy in points, mean of four classifiers and the splits\n\n{every_table(sets, table)}")
     print(f"{'':20}{'kept %':>8}{'change':>8}{'eff.':>7}{'ahead of random':>17}{'s':>8}{'MB':>8}")
     for name, row in summary.items():
         print(

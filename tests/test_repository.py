@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import tomllib
 from pathlib import Path
@@ -62,6 +65,8 @@ def _text(path: Path) -> str | None:
 FILES = _tracked()
 TEXTS = {str(path.relative_to(ROOT)): text for path in FILES if (text := _text(path)) is not None}
 READMES = [name for name in TEXTS if name.endswith(("README.md", "CONTRIBUTING.md")) and "golden" not in name]
+#: All that a reader may open: readmes, the pages of docs, the cards of weights.
+PAGES = [name for name in TEXTS if name.endswith(".md") and "golden" not in name]
 
 
 def _fenced(name: str, language: str) -> list[str]:
@@ -106,8 +111,8 @@ def test_foveal_is_a_namespace_that_no_distribution_owns() -> None:
 def test_every_distribution_has_licence_readme_types_and_a_place_in_the_type_check(project: Path) -> None:
     (room,) = (folder for folder in (project / "src" / "foveal").iterdir() if folder.name != "__pycache__")
     assert (room / "py.typed").exists()
-    assert len((project / "README.md").read_text()) > 200
-    assert len((project / "LICENSE").read_text()) > 5000
+    assert len((project / "README.md").read_text(encoding="utf-8")) > 200
+    assert len((project / "LICENSE").read_text(encoding="utf-8")) > 5000
     checked = tomllib.loads(TEXTS["pyproject.toml"])["tool"]["mypy"]
     assert f"foveal.{room.name}" in checked["packages"]
     assert str((project / "src").relative_to(ROOT)) in checked["mypy_path"].split(":")
@@ -127,14 +132,16 @@ def test_every_file_of_settings_parses(name: str) -> None:
 def test_the_citation_has_what_its_format_asks_for() -> None:
     citation = yaml.safe_load(TEXTS["CITATION.cff"])
     assert {"cff-version", "message", "title", "authors", "version", "license"} <= set(citation)
-    assert {str(citation["version"])} == {tomllib.loads((project / "pyproject.toml").read_text())["project"]["version"] for project in PROJECTS}
+    assert {str(citation["version"])} == {
+        tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"] for project in PROJECTS
+    }
     for reference in citation["references"]:
         assert {"type", "title", "authors", "year"} <= set(reference), reference["title"]
 
 
 def _public_names() -> list[tuple[str, str]]:
     modules = [
-        (str(path.relative_to(source).with_suffix("")).replace("/", ".").removesuffix(".__init__"), path.read_text())
+        (str(path.relative_to(source).with_suffix("")).replace("/", ".").removesuffix(".__init__"), path.read_text(encoding="utf-8"))
         for source in (project / "src" for project in PROJECTS)
         for path in sorted(source.rglob("*.py"))
     ]
@@ -179,10 +186,26 @@ def test_ratios_in_the_readme_of_the_kernels_are_the_measured_ones() -> None:
         assert float(ratio) == pytest.approx(entry["times_faster_than_baseline"][entry["ours"]], rel=0.06), name
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_files_that_a_readme_names_are_there(name: str) -> None:
+def _links(name: str) -> list[str]:
+    return [target for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", TEXTS[name]) if "://" not in target]
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    reached, waiting = set[str](), ["README.md"]
+    while waiting:
+        name = waiting.pop()
+        if name not in reached:
+            reached.add(name)
+            targets = [(ROOT / name).parent / target for target in _links(name)]
+            pages = [target / "README.md" if target.is_dir() else target for target in targets]
+            waiting += [str(page.resolve().relative_to(ROOT)) for page in pages if page.suffix == ".md" and page.is_file()]
+    assert sorted(set(PAGES) - reached) == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_files_that_a_page_names_are_there(name: str) -> None:
     here = (ROOT / name).parent
-    linked = [target for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", TEXTS[name]) if "://" not in target]
+    linked = _links(name)
     ours = r"(?:benchmarks|configs|kernels|packages|apps|tests|docs|\.github|\.ci)/[\w./-]*\w"
     written = [path for path in re.findall(rf"`({ours})/?`|python ({ours}\.py)|--config ({ours})", TEXTS[name]) for path in path if path]
     missing = [target for target in linked if not (here / target).exists()]
@@ -190,23 +213,55 @@ def test_files_that_a_readme_names_are_there(name: str) -> None:
 
 
 def _commands(name: str) -> list[list[str]]:
-    lines = [line for block in re.findall(r"^```(?:bash|sh)?\n(.*?)^```", TEXTS[name], re.MULTILINE | re.DOTALL) for line in block.splitlines()]
-    found = [re.search(r"(?:^|uv run )foveal (.*?)(?:\s+#.*)?$", line) for line in lines]
-    return [match[1].split() for match in found if match]
+    """Of fenced and indented blocks, whose lines may go on in lines that begin with an option, and of `code` in a line."""
+    text = re.sub(r"\n +(?=--?\w)", " ", TEXTS[name])
+    lines = re.findall(r"^(?: {4})?(?:.*uv run )?foveal ((?:[a-z]).*?)(?:\s+#.*)?$", text, re.MULTILINE)
+    return [line.split() for line in [*lines, *re.findall(r"`foveal ([a-z][^`]*)`", text)]]
 
 
-@pytest.mark.parametrize(("name", "words"), [(name, words) for name in READMES for words in _commands(name)], ids=lambda value: "".join(value)[:60])
-def test_commands_that_a_readme_shows_exist_with_their_options(name: str, words: list[str]) -> None:
+@functools.cache
+def _tree() -> Any:
     from foveal.apps.main import build
 
-    command = typer.main.get_command(build())
+    return typer.main.get_command(build())
+
+
+def _leaf(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that a line's first words name, and the words after."""
+    command = _tree()
     while words and words[0] in getattr(command, "commands", {}):
-        command = command.commands[words.pop(0)]  # type: ignore[attr-defined]
-    assert not hasattr(command, "commands"), f"{' '.join(words)} is not a command of {command.name}"
+        command = command.commands[words.pop(0)]
+    return command, words
+
+
+@pytest.mark.parametrize(("name", "words"), [(name, words) for name in PAGES for words in _commands(name)], ids=lambda value: "".join(value)[:60])
+def test_commands_that_a_page_shows_exist_with_their_options(name: str, words: list[str]) -> None:
+    command, rest = _leaf(list(words))
+    if hasattr(command, "commands"):
+        assert not rest or rest[0].startswith("-"), f"{rest} is not a command of {command.name}"
+        return  # prose: a domain by its name
     if command.context_settings.get("ignore_unknown_options"):
         return  # Lightning's own options, which its parser knows
-    options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-    assert [word for word in words if word.startswith("-") and word not in options] == []
+    options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+    given = [word.partition("=")[0] for word in shlex.split(" ".join(rest)) if re.match(r"--?[a-zA-Z]", word)]
+    assert [word for word in given if word not in options] == []
+
+
+def test_the_table_of_commands_has_every_command_and_no_other() -> None:
+    from foveal.apps.verbs import SHARED
+
+    tree = _tree().commands
+    every = {f"{group} {verb}".rstrip() for group in tree for verb in getattr(tree[group], "commands", {"": None}) if verb not in SHARED}
+    assert set(re.findall(r"^\| `foveal ([\w -]+)` \|", TEXTS["docs/README.md"], re.MULTILINE)) == every
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), sorted({(name, module) for name in PAGES for module in re.findall(r"python -m (foveal[.\w]+)", TEXTS[name])})
+)
+def test_modules_that_a_page_runs_are_there(name: str, module: str) -> None:
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.submodule_search_locations is None or importlib.util.find_spec(f"{module}.__main__") is not None
 
 
 @pytest.mark.parametrize(("name", "index"), [(name, index) for name in READMES for index in range(len(_fenced(name, "python")))])

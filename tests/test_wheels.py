@@ -30,7 +30,7 @@ from foveal.kernels import native
 
 ROOT = Path(__file__).parent.parent
 PROJECTS = {
-    tomllib.loads(path.read_text())["project"]["name"]: path.parent
+    tomllib.loads(path.read_text(encoding="utf-8"))["project"]["name"]: path.parent
     for pattern in ("kernels", "packages/*", "apps")
     for path in sorted(ROOT.glob(f"{pattern}/pyproject.toml"))
 }
@@ -164,7 +164,7 @@ def test_attention_runs_with_gradients_where_only_torch_and_the_kernels_wheel_ar
 def test_the_examples_of_the_kernels_readme_run_where_only_torch_and_the_kernels_wheel_are_installed(
     python_with_torch_and_kernels: Path, tmp_path: Path
 ) -> None:
-    examples = re.findall(r"^```python\n(.*?)^```", (ROOT / "kernels" / "README.md").read_text(), re.M | re.S)
+    examples = re.findall(r"^```python\n(.*?)^```", (ROOT / "kernels" / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     assert len(examples) > 3
     printed = _run(python_with_torch_and_kernels, "-I", "-W", "ignore", "-c", "\n".join(examples), cwd=tmp_path)
     assert "segment_attention runs on backend" in printed

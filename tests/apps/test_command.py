@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer.main
 
 from foveal.apps import main
+from foveal.apps.verbs import SHARED
 from foveal.core.errors import UserError
 
 HELPS = [["--help"], [], ["audio"], ["audio", "--help"], ["audio", "separate", "--help"], ["audio", "convert", "--help"]]
@@ -27,6 +31,37 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stderr.splitlines() == ["heavy: [] code: 0"] * len(HELPS), done.stderr
     assert "Separate the speakers" in done.stdout
     assert "--demo" in done.stdout
+
+
+@pytest.mark.parametrize("domain", main.DOMAINS)
+def test_help_lists_a_domains_own_verbs_first_and_leaves_no_sentence_unfinished(domain: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run([domain, "--help"]) == 0
+    own, shared = capsys.readouterr().out.partition("Commands:")[2].split("Training, evaluation and the authors' checkpoints:")
+    assert [line.split()[0] for line in shared.splitlines() if line[2:3].strip()] == list(SHARED)
+    first = [line for line in own.splitlines() if line[2:3].strip()]
+    assert first
+    assert not set(SHARED) & {line.split()[0] for line in first}
+    assert not any(line.endswith("...") for line in (own + shared).splitlines())
+
+
+def _options() -> Iterator[tuple[str, str, str]]:
+    """Command, option and its help, of every command of every domain."""
+    for group in typer.main.get_command(main.build()).commands.values():  # type: ignore[attr-defined]
+        for command in getattr(group, "commands", {"": group}).values():
+            for parameter in command.params:
+                yield from ((f"{group.name} {command.name}", option, parameter.help) for option in parameter.opts if option.startswith("--"))
+
+
+@pytest.mark.parametrize("option", ["--device", "--json"])
+def test_an_option_that_many_commands_have_is_worded_alike_in_all(option: str) -> None:
+    told = {(command, text) for command, name, text in _options() if name == option}
+    assert len(told) > 20
+    assert len({text for _, text in told}) == 1, sorted(told)
+
+
+def test_the_version_is_that_of_the_installed_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"foveal {importlib.metadata.version('foveal')}\n"
 
 
 def test_the_installed_command_answers(tmp_path: Path) -> None:
@@ -123,7 +158,7 @@ def test_convert_keeps_an_existing_file_and_names_an_unknown_system(tmp_path: Pa
     target.write_text("precious")
     assert main.run(["audio", "convert", "tiger", str(tmp_path / "theirs.pth"), str(target)]) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert target.read_text() == "precious"
+    assert target.read_text(encoding="utf-8") == "precious"
 
 
 def test_a_checkpoint_converts_to_ours_and_back_to_the_same_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

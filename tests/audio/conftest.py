@@ -71,7 +71,7 @@ class Golden:
     """One reference file: `about` (json) and its arrays."""
 
     def __init__(self, name: str) -> None:
-        self.about = json.loads((GOLDEN / f"{name}.json").read_text())
+        self.about = json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
         self.arrays = np.load(GOLDEN / f"{name}.npz")
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -90,7 +90,9 @@ class Golden:
 
     def state(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         """The authors' state dict by the rule."""
-        shapes = self.about.get("state_dict") or json.loads((GOLDEN / self.about["state_dict_of"].split()[0]).read_text())["state_dict"]
+        shapes = (
+            self.about.get("state_dict") or json.loads((GOLDEN / self.about["state_dict_of"].split()[0]).read_text(encoding="utf-8"))["state_dict"]
+        )
         return {key: fill(key, shape).to(dtype) for key, shape in shapes.items()}
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
-from foveal.core.checkpoint import load_weights, save_weights
+from foveal.core.checkpoint import load_weights, save_weights, start_from
 from foveal.core.device import resolve_device
 from foveal.core.environment import describe
 from foveal.core.errors import UserError
@@ -32,7 +33,7 @@ def test_weights_come_back_with_their_config_system_and_card(tmp_path: Path) -> 
     assert weights.state["a.weight"].dtype == torch.float16
     assert weights.state["count"].dtype == torch.int64
     assert torch.equal(weights.state["tied"], shared.half())
-    assert file.with_suffix(".md").read_text() == "# Toy\n"
+    assert file.with_suffix(".md").read_text(encoding="utf-8") == "# Toy\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small.md", "small.safetensors"]
 
 
@@ -60,6 +61,31 @@ def test_missing_corrupt_and_foreign_weights_are_told_apart(tmp_path: Path) -> N
         load_weights(tmp_path)
     with pytest.raises(UserError, match=r"ending in \.safetensors"):
         save_weights(tmp_path / "a.pt", {}, system="toy", config={})
+
+
+class Classifier(nn.Module):
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3, width), nn.Linear(width, classes)
+
+
+def test_training_goes_on_from_weights_that_fit_and_from_no_others(tmp_path: Path) -> None:
+    trained = Classifier(4, 2)
+    file = save_weights(tmp_path / "w.safetensors", trained.state_dict(), system="toy", config=Config())
+    network = Classifier(4, 2)
+    start_from(network, file, "toy")
+    assert all(torch.equal(value, trained.state_dict()[key]) for key, value in network.state_dict().items())
+    more = Classifier(4, 5)
+    own = more.head.weight.clone()
+    with pytest.raises(UserError, match=r"expected weights that fit the config's network; .* size mismatch for head\.weight"):
+        start_from(more, file)
+    start_from(more, file, new_head="head.")
+    assert torch.equal(more.head.weight, own)
+    assert torch.equal(more.body.weight, trained.body.weight)
+    with pytest.raises(UserError, match=r"size mismatch for body\.weight"):
+        start_from(Classifier(6, 2), file, new_head="head.")
+    with pytest.raises(UserError, match="expected weights of lion"):
+        start_from(network, file, "lion")
 
 
 def test_a_device_is_found_by_name_or_refused_in_one_line() -> None:

@@ -28,7 +28,7 @@ def test_a_runs_folder_holds_config_metrics_curves_checkpoints_and_wandb(
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert sum(bool(row["train/loss_step"]) for row in rows) == 11
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     assert config["trainer"]["max_epochs"] == 1
     assert config["trainer"]["logger"]["init_args"]["offline"] is True
 
@@ -50,7 +50,7 @@ def test_the_saved_config_runs_again(fit: Callable[..., Path], workplace: Path) 
     first = fit("--trainer.max_epochs", "1", "--model.init_args.learning_rate", "0.003")
     cli = FovealCLI("toys", ["fit", "--config", str(first / "config.yaml"), "--experiment", "again"])
     assert cli.model.learning_rate == 0.003
-    assert (cli.run_folder / "metrics.csv").read_text() == (first / "metrics.csv").read_text()  # type: ignore[operator]
+    assert (cli.run_folder / "metrics.csv").read_text(encoding="utf-8") == (first / "metrics.csv").read_text(encoding="utf-8")  # type: ignore[operator]
 
 
 def test_wandb_failing_ends_neither_the_run_nor_its_metrics(fit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,6 +81,7 @@ MISTAKES = {
     "an unknown trainer key": (["--trainer.max_epoch", "3"], "max_epoch"),
     "an unknown key of the model": (["--model.init_args.rate", "3"], "rate"),
     "a word for a number": (["--model.init_args.learning_rate", "fast"], "learning_rate: Expected a float"),
+    "a number that the model refuses": (["--model.init_args.learning_rate", "-1"], "learning_rate must be above 0; got -1.0"),
     "a class that is not there": (["--model", "toy_training.Tory"], "no attribute 'Tory'"),
     "an accelerator that is not there": (["--trainer.accelerator", "abacus"], "abacus"),
     "a config file that is not there": (["--config", "gone.yaml"], "gone.yaml"),
@@ -99,7 +100,7 @@ def test_a_mistake_on_the_command_line_is_one_line_that_names_it(fit: Callable[.
 
 
 def test_an_unknown_key_in_a_config_is_named_with_the_likely_one(fit: Callable[..., Path], workplace: Path) -> None:
-    (workplace / "toy.yaml").write_text((workplace / "toy.yaml").read_text().replace("max_epochs", "max_epoch"))
+    (workplace / "toy.yaml").write_text((workplace / "toy.yaml").read_text(encoding="utf-8").replace("max_epochs", "max_epoch"))
     with pytest.raises(UserError, match=r"trainer\.max_epoch'; did you mean trainer\.max_epochs\?"):
         fit()
     (workplace / "toy.yaml").write_text("model: [\n a: b")

@@ -65,6 +65,15 @@ def test_a_resumed_optimizer_goes_on_as_the_uninterrupted_one():
     assert torch.equal(whole[1], second[1])
 
 
+def test_a_convolutions_kernel_is_turned_as_the_matrix_of_outputs_and_all_else():
+    torch.manual_seed(0)
+    kernel, matrix = nn.Parameter(torch.zeros(6, 4, 3, 3)), nn.Parameter(torch.zeros(6, 36))
+    kernel.grad = torch.randn(6, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    matrix.grad = kernel.grad.reshape(6, 36)
+    Muon([matrix], [], kernels=[kernel]).step()
+    torch.testing.assert_close(kernel.reshape(6, 36), matrix)
+
+
 def test_a_stack_moves_as_its_matrices_would_and_those_of_one_shape_as_if_alone():
     torch.manual_seed(0)
     stack, alone = nn.Parameter(torch.randn(3, 6, 4)), nn.Parameter(torch.randn(6, 4))

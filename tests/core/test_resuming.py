@@ -61,14 +61,16 @@ def test_an_interrupted_fit_resumes_to_the_metrics_and_weights_of_an_uninterrupt
     expected = train(workplace / "whole", settings, workers)
     with pytest.raises(ConnectionError):
         train(workplace / "cut", settings, workers, cut=14)
-    assert len((workplace / "cut" / "metrics.csv").read_text().splitlines()) < len((workplace / "whole" / "metrics.csv").read_text().splitlines())
+    assert len((workplace / "cut" / "metrics.csv").read_text(encoding="utf-8").splitlines()) < len(
+        (workplace / "whole" / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    )
     resumed = train(workplace / "cut", settings, workers, resume=True)
-    assert (workplace / "cut" / "metrics.csv").read_text() == (workplace / "whole" / "metrics.csv").read_text()
+    assert (workplace / "cut" / "metrics.csv").read_text(encoding="utf-8") == (workplace / "whole" / "metrics.csv").read_text(encoding="utf-8")
     assert all(torch.equal(resumed[key], value) for key, value in expected.items())
 
 
 def assert_same_result(whole: Path, resumed: Path) -> None:
-    assert (resumed / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+    assert (resumed / "metrics.csv").read_text(encoding="utf-8") == (whole / "metrics.csv").read_text(encoding="utf-8")
     for name in ("last.ckpt", "best.ckpt"):
         first, second = (torch.load(folder / "checkpoints" / name, weights_only=True) for folder in (whole, resumed))
         assert first["global_step"] == second["global_step"]
@@ -80,7 +82,10 @@ def test_a_fit_killed_in_the_middle_of_an_epoch_resumes_to_the_same_result(fit: 
     arguments = ["fit", "--config", "toy.yaml", "--experiment", "killed", "--model.init_args.step_seconds", "0.1"]
     process = start(f"from foveal.core.cli import FovealCLI; FovealCLI('toys', {arguments})")
     deadline = time.monotonic() + 120
-    while len(logged := [line for path in workplace.glob("runs/toys/killed/*/metrics.csv") for line in path.read_text().splitlines()]) < 18:
+    while (
+        len(logged := [line for path in workplace.glob("runs/toys/killed/*/metrics.csv") for line in path.read_text(encoding="utf-8").splitlines()])
+        < 18
+    ):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)

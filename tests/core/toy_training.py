@@ -54,6 +54,8 @@ class ToyTask(pl.LightningModule):
 
     def __init__(self, step_seconds: float = 0.0, learning_rate: float = 1e-2, one_cycle: bool = False) -> None:
         super().__init__()
+        if learning_rate <= 0:
+            raise ValueError(f"learning_rate must be above 0; got {learning_rate}")
         self.step_seconds = step_seconds
         self.learning_rate = learning_rate
         self.one_cycle = one_cycle

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from foveal.apps.main import run
 from foveal.core.errors import UserError
@@ -40,6 +42,36 @@ def test_masks_have_their_prototypes_beside_them(tmp_path: Path) -> None:
     export_onnx(YOLOv13(YOLOv13Config("n", 2, task="segment")).eval(), tmp_path / "x.onnx", image_size=64)
     names = [output.name for output in onnxruntime.InferenceSession(str(tmp_path / "x.onnx")).get_outputs()]
     assert names == ["decoded", "extra", "prototypes"]
+
+
+@pytest.mark.parametrize("task", ["segment", "pose", "oriented"])
+def test_files_of_every_head_with_attention_in_them_answer_as_torch(tmp_path: Path, task: str) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model = YOLOv13(YOLOv13Config("n", 2, task=task, attend={"stage3": "eca", "neck4": "ela", "neck5": "ulsam"})).eval()
+    export_onnx(model, tmp_path / "x.onnx", image_size=64)
+    image = torch.rand(3, 3, 64, 64)
+    found = onnxruntime.InferenceSession(str(tmp_path / "x.onnx"), providers=["CPUExecutionProvider"]).run(None, {"image": image.numpy()})
+    with torch.no_grad():
+        said = model(image)
+    for actual, expected in zip(found, (said.decoded, said.extra, said.prototypes), strict=False):
+        torch.testing.assert_close(torch.from_numpy(actual), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_maps_are_not_cut_on_their_way_through_the_file_and_large_logits_keep_their_boxes(tmp_path: Path) -> None:
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    model = YOLOv13(YOLOv13Config("n", 2)).eval()
+    for way in model.head.box:
+        way[-1].bias.data.copy_(torch.linspace(-500, 500, 64))  # type: ignore[index]
+    export_onnx(model, tmp_path / "x.onnx", image_size=64)
+    count = Counter(node.op_type for node in onnx.load(str(tmp_path / "x.onnx")).graph.node)
+    assert not count["Slice"]
+    assert not count["Shape"]  # sizes are constants but for the number of pictures, which no node asks for
+    assert count["Split"] <= 3  # of the cells' numbers alone
+    image = np.random.default_rng(0).random((1, 3, 64, 64), dtype=np.float32)
+    found = onnxruntime.InferenceSession(str(tmp_path / "x.onnx"), providers=["CPUExecutionProvider"]).run(None, {"image": image})[0]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), model(torch.from_numpy(image)).decoded, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(("name", "size"), [("x.pt", 64), ("x.onnx", 100)])

@@ -1,4 +1,4 @@
-"""The form that only answers gives the answers of the network that it was made of."""
+"""The forms that only answer, that of torch and that of exported files, give the answers of the network that they were made of."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from foveal.detection import YOLOv13, YOLOv13Config, load_official
 from foveal.detection.checkpoints import model_from_weights
 from foveal.detection.checkpoints.compact import compact
 from foveal.detection.models.blocks import BatchNorm
+from foveal.detection.models.graph_form import GraphHyperedges, graph_form
 from foveal.detection.models.inference import FoldedHyperedges, inference_form
 from foveal.kernels.nn import HyperedgeAttention
 
 
 @pytest.mark.parametrize("scale", ["n", "s"])
 @pytest.mark.parametrize("gradient", [False, True], ids=["fused activations", "plain"])
-def test_the_folded_network_gives_the_same_numbers(golden: Any, scale: str, gradient: bool) -> None:
+@pytest.mark.parametrize("form", [inference_form, graph_form])
+def test_the_folded_network_gives_the_same_numbers(golden: Any, scale: str, gradient: bool, form: Any) -> None:
     reference = golden("yolov13")
     model = load_official("yolov13", reference.state(reference.about["state_dict"][scale]))
-    folded = inference_form(model)
+    folded = form(model)
     image = torch.rand(2, 3, 64, 96)
     with torch.set_grad_enabled(gradient):
         expected, actual = model(image), folded(image)
@@ -36,7 +38,7 @@ def test_folding_leaves_the_network_as_it_was(golden: Any) -> None:
     reference = golden("yolov13_n")
     model = load_official("yolov13", reference.state(reference.about["state_dict"]))
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    inference_form(model)
+    inference_form(model), graph_form(model)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
@@ -59,16 +61,32 @@ def test_folded_hyperedges_are_equal_in_double_precision(context: str) -> None:
     torch.manual_seed(0)
     module = HyperedgeAttention(32, 5, heads=2, context=context).double().eval()
     cells = torch.randn(2, 70, 32, dtype=torch.float64)
-    torch.testing.assert_close(FoldedHyperedges(module)(cells), module(cells), rtol=1e-12, atol=1e-12)
+    expected = module(cells)
+    torch.testing.assert_close(FoldedHyperedges(module)(cells), expected, rtol=1e-12, atol=1e-12)
+    on_map = GraphHyperedges(module)(cells.transpose(1, 2).unflatten(2, (7, 10)))
+    torch.testing.assert_close(on_map.flatten(2).transpose(1, 2), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_layer_scale_and_nested_blocks_have_a_graph_form() -> None:
+    torch.manual_seed(0)
+    model = YOLOv13(YOLOv13Config("l", 2)).eval()
+    for name, value in model.named_parameters():
+        if name.endswith(("gate", "layer_scale")):
+            value.data.fill_(0.5)  # they start at nothing, and would hide what is wrong with them
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        for mine, theirs in zip(graph_form(model)(image).maps, model(image).maps, strict=True):
+            assert float((mine - theirs).norm() / theirs.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("task", ["segment", "pose", "oriented"])
-def test_every_head_has_a_folded_form(task: str) -> None:
+@pytest.mark.parametrize("form", [inference_form, graph_form])
+def test_every_head_has_a_folded_form(task: str, form: Any) -> None:
     torch.manual_seed(0)
     model = YOLOv13(YOLOv13Config("n", 3, task=task, attend={"stage3": "eca", "neck4": "ela", "neck5": "ulsam"})).eval()
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
-        expected, actual = model(image), inference_form(model)(image)
+        expected, actual = model(image), form(model)(image)
     torch.testing.assert_close(actual.decoded, expected.decoded, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(actual.extra, expected.extra, rtol=1e-4, atol=1e-3)
     if task == "segment":

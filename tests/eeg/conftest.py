@@ -42,7 +42,7 @@ class Golden:
     """One reference file: `about` (json) and its arrays."""
 
     def __init__(self, name: str) -> None:
-        self.about = json.loads((GOLDEN / f"{name}.json").read_text())
+        self.about = json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
         self.arrays = np.load(GOLDEN / f"{name}.npz")
 
     def __getitem__(self, name: str) -> np.ndarray:

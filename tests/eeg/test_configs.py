@@ -45,7 +45,7 @@ def corpora(tmp_path, make_raw, write_edf) -> dict[str, dict]:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_trains_two_batches(config, corpora, tiny_weights, tmp_path):
-    written = yaml.safe_load(config.read_text())
+    written = yaml.safe_load(config.read_text(encoding="utf-8"))
     model, data = written["model"]["init_args"], written["data"]
     network = model["network"]["init_args"]["config"]
     kind = model["network"]["class_path"].rpartition(".")[2]
@@ -75,4 +75,4 @@ def test_a_config_trains_two_batches(config, corpora, tiny_weights, tmp_path):
 
 def test_no_config_holds_a_path_of_one_machine():
     for config in CONFIGS:
-        assert not [line for line in config.read_text().splitlines() if ": /" in line], config
+        assert not [line for line in config.read_text(encoding="utf-8").splitlines() if ": /" in line], config

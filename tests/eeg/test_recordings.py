@@ -196,7 +196,7 @@ def test_existing_results_are_kept_without_overwrite(tmp_path, make_raw, write_e
     path = write_edf(tmp_path / "r.edf", make_raw(6))
     (tmp_path / "r.npz").write_text("mine")
     assert tokenize_command([path], output=tmp_path, checkpoint=tiny_weights, device="cpu") == 0
-    assert (tmp_path / "r.npz").read_text() == "mine"
+    assert (tmp_path / "r.npz").read_text(encoding="utf-8") == "mine"
     assert tokenize_command([path], output=tmp_path, checkpoint=tiny_weights, device="cpu", overwrite=True) == 0
     assert np.load(tmp_path / "r.npz")["ids"].shape == (2, 3, 5)
 

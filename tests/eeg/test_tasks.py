@@ -177,6 +177,6 @@ def test_a_trained_network_goes_into_a_file_with_what_its_users_need(tmp_path, t
     loaded = model_from_weights(file, "tfm_encoder")
     ids = torch.randint(0, 32, (2, 3, 5))
     torch.testing.assert_close(loaded(ids), network.eval()(ids), atol=5e-3, rtol=5e-3)
-    assert (tmp_path / "c.md").read_text() == "# card\n"
+    assert (tmp_path / "c.md").read_text(encoding="utf-8") == "# card\n"
     with pytest.raises(UserError, match="checkpoints folder of a run"):
         export(tmp_path / "nowhere.ckpt", tmp_path / "x.safetensors", {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import nibabel
 import numpy as np
@@ -17,9 +18,11 @@ from foveal.core.errors import UserError
 from foveal.medical import Segmenter, read_volume
 from foveal.medical.data.cases import Case, check_labels, find_cases
 from foveal.medical.data.slices import LabelledScans, Slices, folds_of
+from foveal.medical.inference import View, run_slices
 from foveal.medical.models.guided_attention import GuidedAttentionConfig, GuidedAttentionNet
 from foveal.medical.models.mhs_vm import MHSVM, MHSVMConfig
 from foveal.medical.preparation import Preparation
+from foveal.medical.tasks.segmentation import SegmentationTask
 from foveal.medical.tasks.segmentation_report import SegmentationReport, measured
 from foveal.medical.volumes import from_array
 
@@ -66,8 +69,10 @@ def test_a_scan_stored_another_way_gets_the_same_labels(segmenter, scan):
 
 
 def test_weights_keep_what_a_users_scan_needs(segmenter, scan, tmp_path):
+    segmenter = Segmenter(segmenter.network, segmenter.preparation, segmenter.class_names, "cpu", views=("shifted", "mirrored_height"))
     again = Segmenter.from_pretrained(segmenter.save(tmp_path / "tiny.safetensors"), "cpu")
-    assert (again.preparation, again.class_names) == (segmenter.preparation, segmenter.class_names)
+    assert (again.preparation, again.class_names, again.views) == (segmenter.preparation, segmenter.class_names, ("shifted", "mirrored_height"))
+    assert Segmenter.from_pretrained(tmp_path / "tiny.safetensors", "cpu", views=()).views == ()
     np.testing.assert_array_equal(again(scan).voxels, segmenter(scan).voxels)
 
 
@@ -88,6 +93,47 @@ def test_large_slices_go_through_in_windows_that_agree_with_the_whole(monkeypatc
     whole = inference.run_slices(network, slices)
     monkeypatch.setattr(inference, "WINDOW", 48)
     torch.testing.assert_close(inference.run_slices(network, slices)[..., 1:-1, 1:-1][..., :20, :20], whole[..., 1:-1, 1:-1][..., :20, :20])
+
+
+def test_views_are_averaged_where_they_belong():
+    """A network of single pixels sees the same in every view; one that looks to the left sees the slice and its mirror image."""
+    torch.manual_seed(0)
+    slices = torch.randn(3, 2, 21, 30)
+    points = torch.nn.Conv2d(2, 3, 1).eval()
+    plain = run_slices(points, slices)
+    for views in (("shifted",), ("mirrored_height", "mirrored_width"), get_args(View)):
+        torch.testing.assert_close(run_slices(points, slices, views=views).softmax(0), plain.softmax(0))
+    single = torch.nn.Conv2d(2, 1, 1).eval()
+    torch.testing.assert_close(run_slices(single, slices, views=get_args(View)), run_slices(single, slices), atol=1e-5, rtol=1e-4)
+    neighbour = torch.nn.Conv2d(2, 3, 3, padding=1).eval()
+    alone, turned = run_slices(neighbour, slices).softmax(0), run_slices(neighbour, slices.flip(3)).softmax(0).flip(3)
+    torch.testing.assert_close(run_slices(neighbour, slices, views=("mirrored_width",)).softmax(0), (alone + turned) / 2)
+
+
+def test_the_command_takes_views_by_their_names(segmenter, scan, tmp_path, capsys):
+    weights = segmenter.save(tmp_path / "tiny.safetensors")
+    command = ["medical", "segment", str(scan), "--checkpoint", str(weights), "--no-pictures", "--probabilities", "-o"]
+    assert run([*command, str(tmp_path / "seen"), "--views", "shifted, mirrored_width"]) == 0
+    several = Segmenter(segmenter.network, segmenter.preparation, segmenter.class_names, "cpu", views=("shifted", "mirrored_width"))
+    (written,) = (tmp_path / "seen").glob("*_left_probability.nii.gz")
+    np.testing.assert_allclose(read_volume(written).voxels, several.probabilities(scan)[1], atol=1e-5)
+    assert run([*command, str(tmp_path / "turned"), "--views", "turned"]) == 2
+    assert "got turned" in capsys.readouterr().err
+
+
+def test_muon_turns_kernels_and_leaves_heads_and_norms_to_adam():
+    task = SegmentationTask(GuidedAttentionNet(TINY), loss="guided", optimizer="muon")
+    optimizer = task.configure_optimizers()
+    groups = {bool(group["matrices"]): {id(parameter) for parameter in group["params"]} for group in optimizer.param_groups}
+    named = dict(task.network.named_parameters())
+    assert id(named["stages.0.autoencoder.halve.0.weight"]) in groups[True]
+    assert all(id(parameter) in groups[False] for name, parameter in named.items() if name.startswith("heads") or parameter.dim() == 1)
+    assert sum(map(len, groups.values())) == len(named)
+
+
+def test_a_view_that_there_is_not_is_refused():
+    with pytest.raises(UserError, match="got turned"):
+        run_slices(torch.nn.Conv2d(1, 2, 1), torch.randn(1, 1, 4, 4), views=("turned",))  # type: ignore[arg-type]
 
 
 def test_the_attention_of_a_point_sums_to_at_most_one_at_each_level(segmenter, scan):

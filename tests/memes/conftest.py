@@ -30,7 +30,7 @@ class Golden:
     """One variant of the reference file: its description and its arrays."""
 
     def __init__(self, system: str, variant: str) -> None:
-        self.about = json.loads((GOLDEN / f"{system}.json").read_text())["variants"][variant]
+        self.about = json.loads((GOLDEN / f"{system}.json").read_text(encoding="utf-8"))["variants"][variant]
         self.arrays = np.load(GOLDEN / f"{system}_{variant}.npz")
         self.shapes = {key: tuple(shape) for key, shape in self.about["state_dict"].items()}
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from foveal.core.cli import FovealCLI
+from foveal.core.errors import UserError
 from foveal.memes.data.features import Batch, Corpus, MemeFeatures, leaked
 from foveal.memes.data.records import Meme
 from foveal.memes.models.tcrnet import TCRNetConfig
@@ -54,7 +55,7 @@ def test_a_run_learns_reports_and_becomes_weights_that_score_the_same(harmeme, t
     assert float(cli.trainer.callback_metrics["val/harmful/auroc"]) > 0.8  # gardens and drums are told apart
     checkpoint = next(tmp_path.rglob("best.ckpt"))
     FovealCLI("memes", small(harmeme, tmp_path, "test", "--ckpt_path", "best"))
-    report = json.loads(next(tmp_path.rglob("test.json")).read_text())
+    report = json.loads(next(tmp_path.rglob("test.json")).read_text(encoding="utf-8"))
     assert report["memes"] == 24
     low, high = report["intervals"]["harmful/auroc"]
     assert low <= report["all"]["harmful/auroc"] <= high
@@ -117,7 +118,7 @@ def test_the_papers_recipe_trains_from_the_corpus_own_files(encoders, tmp_path) 
     assert cli.datamodule.train.vectors["reason"].shape[1] == cli.datamodule.train.vectors["image"].shape[1] == 768
     assert not torch.equal(cli.datamodule.train.vectors["text"], cli.datamodule.train.vectors["reason"])
     FovealCLI("memes", ["test", *options, "--ckpt_path", "best"])
-    report = json.loads(next((tmp_path / "runs").rglob("test.json")).read_text())
+    report = json.loads(next((tmp_path / "runs").rglob("test.json")).read_text(encoding="utf-8"))
     assert {name.split("/")[0] for name in report["all"]} == {"dark", "target", "intensity"}
 
 
@@ -164,6 +165,23 @@ def test_leaks_are_found_by_words_whatever_their_case(tmp_path) -> None:
     data = MemeFeatures([train], [test], ["a"], validation=[test], cache=str(tmp_path / "c.sqlite"))
     data.setup("test")
     assert data.leaks.tolist() == [True, False]
+
+
+def test_a_table_of_ones_own_may_label_in_words_and_name_its_columns(tmp_path) -> None:
+    (tmp_path / "mine.csv").write_text("file,caption,mark\na.png,Zoë,rude\nb.png,,kind\nc.png,words,\n", encoding="utf-8")
+    memes = Corpus(
+        "table", str(tmp_path / "mine.csv"), text="caption", image="file", labels={"tone": "mark"}, classes={"tone": ["kind", "rude"]}
+    ).read()
+    assert [(meme.text, meme.image, meme.labels) for meme in memes] == [
+        ("Zoë", tmp_path / "a.png", {"tone": 1}),
+        ("", tmp_path / "b.png", {"tone": 0}),
+        ("words", tmp_path / "c.png", {}),
+    ]
+
+
+def test_names_for_other_classes_than_the_networks_are_refused_in_one_line() -> None:
+    with pytest.raises(UserError, match=r"expected classes .*got names for \{'a': 3\}"):
+        MemeTask(TCRNetConfig(widths={"text": 8, "reason": 8}, classes={"a": 2}, width=8, heads=2, hidden=8), {"a": ["x", "y", "z"]})
 
 
 def test_leaks_are_found_by_pictures_that_were_resized_and_compressed_anew(tmp_path) -> None:

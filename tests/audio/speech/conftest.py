@@ -37,7 +37,7 @@ def espnet_state():
     """`espnet_state(name, dtype)`: ESPnet's state dict of a reference file."""
 
     def state(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        shapes = json.loads((GOLDEN / f"{name}.json").read_text())["state_dict"]
+        shapes = json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))["state_dict"]
         return {key: value.to(dtype) if (value := _fill(key, shape)).is_floating_point() else value for key, shape in shapes.items()}
 
     return state
@@ -48,7 +48,7 @@ def soobinseo_state():
     """`soobinseo_state(dtype)`: the state dict of soobinseo's reference runs; its tables of positions are built, as the reference's are."""
 
     def state(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        shapes = json.loads((GOLDEN / "soobinseo_transformer_tts.json").read_text())["state_dict"]
+        shapes = json.loads((GOLDEN / "soobinseo_transformer_tts.json").read_text(encoding="utf-8"))["state_dict"]
         values = {key: _sinusoids(*shape) if "pos_emb" in key else _fill(key, shape) for key, shape in shapes.items()}
         return {key: value.to(dtype) if value.is_floating_point() else value for key, value in values.items()}
 

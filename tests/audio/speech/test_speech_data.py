@@ -258,7 +258,7 @@ def test_a_run_is_trained_tested_exported_and_speaks(prompts: Path, tmp_path: Pa
     FovealCLI("audio", ["test", *voice, "--ckpt_path", str(run / "checkpoints" / "best.ckpt")])
     assert "mel_cepstral_distance" in capsys.readouterr().out
     weights = export(run / "checkpoints" / "best.ckpt", tmp_path / "voice.safetensors", card="# a voice")
-    assert weights.with_suffix(".md").read_text() == "# a voice"
+    assert weights.with_suffix(".md").read_text(encoding="utf-8") == "# a voice"
     assert len(Speaker.from_pretrained(weights)("Hello.").waveform) > 0
 
     vocoder = ["--config", str(CONFIGS / "vocos_small.yaml"), *common, *limits, f"--data.init_args.corpus.init_args.folder={prompts}"]

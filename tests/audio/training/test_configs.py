@@ -40,7 +40,7 @@ def data(librispeech: Path, write_mixtures: Callable[..., None], tmp_path: Path)
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_trains_two_batches(config: Path, data: dict[str, list[str]], tmp_path: Path):
-    written = yaml.safe_load(config.read_text())
+    written = yaml.safe_load(config.read_text(encoding="utf-8"))
     corpus = written["data"]["class_path"].rpartition(".")[2]
     arguments = ["fit", "--config", str(config), "--runs", str(tmp_path / "runs"), "--trainer.fast_dev_run", "2"]
     arguments += ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto"]
@@ -62,7 +62,7 @@ def test_a_config_names_the_network_it_is_about(name: str, parameters: int | Non
     (config,) = (path for path in CONFIGS if path.stem == name)
     parser = ArgumentParser()
     parser.add_argument("--network", type=nn.Module)
-    network = yaml.safe_load(config.read_text())["model"]["init_args"]["network"]
+    network = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["init_args"]["network"]
     model = parser.instantiate_classes(parser.parse_object({"network": network})).network
     assert isinstance(model, TIGER)
     if parameters is not None:
@@ -72,4 +72,4 @@ def test_a_config_names_the_network_it_is_about(name: str, parameters: int | Non
 
 def test_no_config_holds_a_path_of_one_machine():
     for config in CONFIGS:
-        assert not [line for line in config.read_text().splitlines() if ": /" in line], config
+        assert not [line for line in config.read_text(encoding="utf-8").splitlines() if ": /" in line], config

@@ -370,7 +370,7 @@ def options(librispeech: Path, noises: Path, speech: list[np.ndarray], tmp_path:
 
 
 def fit(config: Path, options: dict[str, list[str]], runs: Path, *further: str) -> FovealCLI:
-    corpus = yaml.safe_load(config.read_text())["data"]["class_path"].rpartition(".")[2]
+    corpus = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["class_path"].rpartition(".")[2]
     arguments = ["fit", "--config", str(config), "--runs", str(runs), "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
     arguments += ["--trainer.strategy", "auto", "--trainer.enable_progress_bar", "false", "--model.init_args.scorers=0"]
     small = {"fft": 64, "window": 64, "hop": 32, "channels": 8, "heads": 2, "blocks": 1, "state": 4, "expansion": 1, "dense_layers": 2}
@@ -390,7 +390,7 @@ def test_a_config_trains_two_batches(config: Path, options: dict[str, list[str]]
 @pytest.mark.parametrize(("name", "parameters"), [("mambattention_paper", 2_325_841), ("mambattention_small", 40_361)])
 def test_a_config_names_the_network_it_is_about(name: str, parameters: int):
     (config,) = (path for path in CONFIGS if path.stem == name)
-    written = yaml.safe_load(config.read_text())["model"]["init_args"]["network"]["init_args"]["config"]
+    written = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["init_args"]["network"]["init_args"]["config"]
     assert sum(one.numel() for one in MambAttention(MambAttentionConfig(**written)).parameters()) == parameters
 
 

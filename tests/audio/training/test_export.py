@@ -37,7 +37,7 @@ def test_exported_weights_separate_as_the_averaged_checkpoint_does(run: Path, tm
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     for key, value in separator.model.state_dict().items():
         assert torch.equal(value, state[f"network.{key}"]), key
-    assert target.with_suffix(".md").read_text() == "# a card"
+    assert target.with_suffix(".md").read_text(encoding="utf-8") == "# a card"
 
 
 def test_half_precision_is_close_and_half_as_large(run: Path, tmp_path: Path):

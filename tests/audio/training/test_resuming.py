@@ -33,7 +33,7 @@ def command(librispeech: Path, experiment: str, *further: str) -> list[str]:
 def result(folder: Path, experiment: str) -> tuple[str, dict[str, torch.Tensor]]:
     (run,) = (folder / "runs" / "audio" / experiment).iterdir()
     checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=False)
-    return (run / "metrics.csv").read_text(), checkpoint["state_dict"]
+    return (run / "metrics.csv").read_text(encoding="utf-8"), checkpoint["state_dict"]
 
 
 @pytest.mark.slow
@@ -42,13 +42,13 @@ def test_a_training_killed_in_the_middle_of_an_epoch_ends_with_the_metrics_and_w
     subprocess.run(command(librispeech, "whole"), cwd=tmp_path, env=quiet, check=True, capture_output=True)
     killed = subprocess.Popen(command(librispeech, "killed"), cwd=tmp_path, env=quiet, stderr=subprocess.PIPE, start_new_session=True)
     deadline = time.monotonic() + 300
-    while sum(len(path.read_text().splitlines()) for path in tmp_path.glob("runs/audio/killed/*/metrics.csv")) < 9:
+    while sum(len(path.read_text(encoding="utf-8").splitlines()) for path in tmp_path.glob("runs/audio/killed/*/metrics.csv")) < 9:
         assert killed.poll() is None, killed.stderr.read() if killed.stderr else ""
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
-    before = next(tmp_path.glob("runs/audio/killed/*/metrics.csv")).read_text()
+    before = next(tmp_path.glob("runs/audio/killed/*/metrics.csv")).read_text(encoding="utf-8")
     subprocess.run(command(librispeech, "killed", "--ckpt_path", "last"), cwd=tmp_path, env=quiet, check=True, capture_output=True)
     whole, resumed = result(tmp_path, "whole"), result(tmp_path, "killed")
     assert before != whole[0], "the kill was meant to fall into the middle"

@@ -103,7 +103,7 @@ def test_data_of_another_number_of_classes_is_refused(emotions: Path, tmp_path: 
 
 
 def test_the_config_trains_two_batches(emotions: Path, tmp_path: Path):
-    assert yaml.safe_load(CONFIG.read_text())["model"]["init_args"]["network"]["init_args"]["config"]["classes"] == 10
+    assert yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["model"]["init_args"]["network"]["init_args"]["config"]["classes"] == 10
     arguments = ["fit", "--config", str(CONFIG), "--runs", str(tmp_path / "runs"), "--trainer.fast_dev_run=2", "--trainer.enable_progress_bar=false"]
     arguments += [f"--data.init_args.root={emotions}", "--model.init_args.network.init_args.config.classes=2"]
     cli = FovealCLI("audio", arguments)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from foveal.apps.options import Checkpoint, Device, Json, Overwrite, Seed
 from foveal.apps.verbs import add_convert, add_training
 
 app = typer.Typer(rich_markup_mode=None)
@@ -14,33 +15,28 @@ app = typer.Typer(rich_markup_mode=None)
 add_training(app, "eeg", "configs/eeg/tfm_tokenizer_small.yaml")
 add_convert(app, "eeg")
 
-_Checkpoint = Annotated[Path | None, typer.Option(help="Weights (.safetensors); default: the small trained model of the package.")]
-_Device = Annotated[str, typer.Option(help="auto, cpu, or cuda[:N].")]
-_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs instead of keeping them.")]
-_Seed = Annotated[int, typer.Option(help="Of everything random.")]
 _Window = Annotated[float | None, typer.Option(help="Seconds of a window; default: what the weights were trained on.")]
 _Montage = Annotated[str, typer.Option(help="auto, bipolar (the clinical sixteen) or single (channels as they are).")]
 _Channels = Annotated[list[str] | None, typer.Option("--channels", metavar="NAME", help="A channel to keep; repeatable; default: all EEG.")]
 _Band = Annotated[tuple[float, float] | None, typer.Option(help="Band-pass in Hz, such as 0.5 45.")]
 _Notch = Annotated[float | None, typer.Option(help="Mains hum to take out in Hz; 0 for none; default: looked for.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print the report for machines.")]
 
 
 @app.command()
 def tokenize(
     files: Annotated[list[Path], typer.Argument(help="Recordings, or folders of them: EDF, BDF, BrainVision, EEGLAB, FIF, GDF, CNT, XDF, Muse CSV.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: tokens.")] = None,
-    checkpoint: _Checkpoint = None,
-    device: _Device = "auto",
-    overwrite: _Overwrite = False,
-    seed: _Seed = 0,
+    checkpoint: Checkpoint = None,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
     window: _Window = None,
     montage: _Montage = "auto",
     channels: _Channels = None,
     band: _Band = None,
     notch: _Notch = None,
     events: Annotated[Path | None, typer.Option(help="Events (TSV, CSV, EDF+) that tell classes apart; default: the annotations.")] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Turn recordings into tokens: ids with times and channels (npz, parquet), a table of motifs, and a picture of each recording."""
     from foveal.eeg.predict import tokenize_command
@@ -59,15 +55,15 @@ def classify(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: classes.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights of a classifier; default: the small trained one of the package.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Weights of its tokenizer; default: the file that the classifier names.")] = None,
-    device: _Device = "auto",
-    overwrite: _Overwrite = False,
-    seed: _Seed = 0,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
     step: Annotated[float | None, typer.Option(help="Seconds from one window to the next; default: the window.")] = None,
     montage: _Montage = "auto",
     channels: _Channels = None,
     band: _Band = None,
     notch: _Notch = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Tell the class of every window: probabilities (csv), events (tsv, EDF+ annotations) and a picture of each recording."""
     from foveal.eeg.classify import classify_command
@@ -91,9 +87,9 @@ def efr(
     surrogates: Annotated[int, typer.Option(help="Circular shifts of the envelope that significance is told by.")] = 200,
     channels: _Channels = None,
     notch: Annotated[float, typer.Option(help="Mains hum to take out in Hz; 0 for none: it lies beside the responses around 53 and 62 Hz.")] = 0.0,
-    seed: _Seed = 0,
-    overwrite: _Overwrite = False,
-    as_json: _Json = False,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """How EEG follows a stimulus envelope: transfer function, coherence, cross-spectra, lagged correlation, with surrogate significance."""
     from foveal.eeg.efr import efr_command

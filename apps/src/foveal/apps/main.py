@@ -8,22 +8,25 @@ Exit codes: 0 all done; 2 the user can mend it; 130 stopped with Ctrl-C; 1 a bug
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Sequence
 
 import typer
 
+from foveal.apps.options import Json
+from foveal.apps.verbs import WholeSentences
 from foveal.core.errors import UserError
 
 #: Domain -> what it is for. A domain has a module foveal.apps.<domain> with a typer `app`, and is installed by the extra of its name.
 DOMAINS = {
     "audio": "Separate speakers, take noise from speech, speak a text.",
-    "eeg": "Turn EEG into tokens and classes.",
-    "detection": "Find objects in pictures and videos, with YOLOv13.",
+    "eeg": "Turn EEG into tokens and classes, measure how it follows a sound.",
+    "detection": "Find objects in pictures and videos, heads and where they are turned, the class of every pixel.",
     "memes": "Score memes for dark humour and harm, with reasons.",
     "medical": "Segment and restore volumes and pictures in their own geometry, classify chest films and slides.",
-    "graphs3d": "Predict energy, forces and stress of molecules and materials.",
+    "graphs3d": "Predict energy, forces and stress of molecules and materials; keep the rows of a table worth learning from; place objects.",
 }
 
 
@@ -31,18 +34,26 @@ def build() -> typer.Typer:
     """The whole command tree; domains that are not installed stand in it with the way to install them."""
     app = typer.Typer(
         name="foveal",
+        cls=WholeSentences,
         help="Attention models that hear, see and measure: trained, checked and applied to your own files.",
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
+    app.callback()(_options)
     app.command("doctor", help="Show versions, devices, and which backend each kernel uses and why.")(_doctor)
     for domain, purpose in DOMAINS.items():
         if importlib.util.find_spec(f"foveal.{domain}") is not None:
-            app.add_typer(importlib.import_module(f"foveal.apps.{domain}").app, name=domain, help=purpose)
+            app.add_typer(importlib.import_module(f"foveal.apps.{domain}").app, name=domain, cls=WholeSentences, help=purpose)
         else:
             _add_missing(app, domain, purpose)
     return app
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"foveal {importlib.metadata.version('foveal')}")
+        raise typer.Exit
 
 
 def _add_missing(app: typer.Typer, domain: str, purpose: str) -> None:
@@ -58,7 +69,11 @@ def _add_missing(app: typer.Typer, domain: str, purpose: str) -> None:
         raise UserError(f"expected foveal-{domain} to be installed; it is not; run: {install}")
 
 
-def _doctor(as_json: bool = typer.Option(False, "--json", help="For machines.")) -> None:
+def _options(version: bool = typer.Option(False, "--version", help="Show the version and exit.", is_eager=True, callback=_show_version)) -> None:
+    pass
+
+
+def _doctor(as_json: Json = False) -> None:
     from foveal.apps.doctor import show
 
     show(as_json)

@@ -34,6 +34,10 @@ def segment(
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Write each structure's probabilities too.")] = False,
     pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Draw overlays.")] = True,
     attention: Annotated[bool, typer.Option("--attention", help="Draw what the found structure's middle attends to.")] = False,
+    views: Annotated[
+        str | None,
+        typer.Option(help="Also look at slices shifted, mirrored_height, mirrored_width (commas between), or none; default: as the weights want."),
+    ] = None,
     device: _Device = "auto",
     frame: _Frame = None,
     series: _Series = None,
@@ -47,7 +51,7 @@ def segment(
     raise typer.Exit(
         segment_command(
             scans, output=output, checkpoint=checkpoint, device=device, truth=truth, probabilities=probabilities, pictures=pictures,
-            attention=attention, frame=frame, series=series, overwrite=overwrite, seed=seed, as_json=as_json,
+            attention=attention, views=views, frame=frame, series=series, overwrite=overwrite, seed=seed, as_json=as_json,
         )
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from foveal.apps.options import Checkpoint, Device, Json, Overwrite
 from foveal.apps.verbs import add_convert, add_training
 
 app = typer.Typer(rich_markup_mode=None)
@@ -15,9 +16,6 @@ add_training(app, "memes", "configs/memes/harmeme_small.yaml")
 add_convert(app, "memes")
 
 _Sources = Annotated[list[Path] | None, typer.Argument(help="Pictures, folders of them, or tables (csv, tsv, jsonl, xlsx).")]
-_Checkpoint = Annotated[Path | None, typer.Option(help="Weights (.safetensors); default: the small trained model of the package.")]
-_Device = Annotated[str, typer.Option(help="auto, cpu, or cuda[:N].")]
-_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")]
 _Images = Annotated[Path | None, typer.Option(help="Folder that a table's pictures are in; default: the table's own.")]
 _ImageColumn = Annotated[str, typer.Option(help="A table's column with the picture's file.")]
 _TextColumn = Annotated[str, typer.Option(help="A table's column with the meme's text; where it is missing the picture is read.")]
@@ -28,8 +26,10 @@ _Cache = Annotated[Path | None, typer.Option(help="File of what was computed onc
 @app.command()
 def score(
     sources: _Sources = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for scores.csv, scores.jsonl and review.html.")] = None,
-    checkpoint: _Checkpoint = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for scores.csv, scores.jsonl and review.html; default: scored.")
+    ] = None,
+    checkpoint: Checkpoint = None,
     calibration: Annotated[Path | None, typer.Option(help="Thresholds written by foveal memes calibrate.")] = None,
     image_column: _ImageColumn = "image",
     text_column: _TextColumn = "text",
@@ -43,9 +43,9 @@ def score(
     requests_per_minute: Annotated[float, typer.Option(help="No more than these; 0: no limit.")] = 0.0,
     nsfw: Annotated[bool, typer.Option("--nsfw", help="Add OpenNSFW's signal as a column; needs foveal-memes[nsfw].")] = False,
     cache: _Cache = None,
-    device: _Device = "auto",
-    overwrite: _Overwrite = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report for machines.")] = False,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Score memes: probabilities, a decision and a reason for each, a table and a page to review them with."""
     from foveal.core.errors import UserError
@@ -87,10 +87,10 @@ def calibrate(
     precision: Annotated[float, typer.Option(help="Of what is flagged, at least.")] = 0.9,
     recall: Annotated[float, typer.Option(help="Of what is flagged or reviewed, at least.")] = 0.9,
     review_share: Annotated[float | None, typer.Option(help="Share of memes that people can look at; it replaces --recall.")] = None,
-    checkpoint: _Checkpoint = None,
+    checkpoint: Checkpoint = None,
     cache: _Cache = None,
-    device: _Device = "auto",
-    overwrite: _Overwrite = False,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
 ) -> None:
     """Fit temperature and thresholds to your own labelled memes (at least 30, of both classes)."""
     from foveal.memes.predict import calibrate_command

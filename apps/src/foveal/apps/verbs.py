@@ -1,4 +1,4 @@
-"""The verbs that every domain has in the same words: ``fit``, ``validate``, ``test``, ``predict`` and ``convert``."""
+"""The verbs that every domain has in the same words: ``fit``, ``validate``, ``test``, ``predict`` and ``convert``; and how help lists verbs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+#: What every domain has; a domain's help lists its own verbs first.
+SHARED = ("fit", "validate", "test", "predict", "convert")
 
 _TO_LIGHTNING = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+class WholeSentences(TyperGroup):
+    """Commands whose help gives the whole first sentence of each, over several lines where it is long, and what every domain has apart."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        sentences = {name: command.get_short_help_str(limit=1000) for name in self.list_commands(ctx) if (command := self.get_command(ctx, name))}
+        own = [(name, sentence) for name, sentence in sentences.items() if name not in SHARED]
+        shared = [(name, sentences[name]) for name in SHARED if name in sentences]
+        for title, rows in (("Commands", own), ("Training, evaluation and the authors' checkpoints", shared)):
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
 
 
 def add_training(app: typer.Typer, domain: str, example: str) -> None:
@@ -37,7 +54,7 @@ def add_convert(app: typer.Typer, domain: str) -> None:
 
     @app.command()
     def convert(
-        system: Annotated[str, typer.Argument(help="Name of the published system.")],
+        system: Annotated[str, typer.Argument(help="Name of the published system; the answer to any other word lists them.")],
         source: Annotated[Path, typer.Argument(help="The authors' checkpoint (.safetensors, .pt, .pth, .bin, .ckpt); with --back: ours.")],
         target: Annotated[Path, typer.Argument(help="File to write.")],
         back: Annotated[bool, typer.Option("--back", help="From ours to the authors' keys.")] = False,

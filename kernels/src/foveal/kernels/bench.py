@@ -151,7 +151,9 @@ def machine() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        model = next((line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), model)
+        model = next(
+            (line.split(":", 1)[1].strip() for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("model name")), model
+        )
     return {
         "processor": model,
         "cores": os.cpu_count(),
@@ -285,7 +287,7 @@ def rows(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def write_table(report: Mapping[str, Any], path: Path) -> None:
     """The report as a CSV file of `COLUMNS`."""
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows(report))
@@ -346,7 +348,7 @@ def main(title: str, folder: Path, arguments: Sequence[str] | None = None, *, co
     if kind != "cpu":
         report["device"] = asked.device
     if (asked.names or asked.family) and asked.output.exists():  # a part of the comparisons was asked for: keep the others' figures
-        report["comparisons"] = json.loads(asked.output.read_text())["comparisons"]
+        report["comparisons"] = json.loads(asked.output.read_text(encoding="utf-8"))["comparisons"]
     again = list(command) or [sys.executable, *sys.orig_argv[1 : sys.orig_argv.index(sys.argv[0]) + 1]]
     options = [
         "--rounds",
@@ -367,7 +369,7 @@ def main(title: str, folder: Path, arguments: Sequence[str] | None = None, *, co
         report["comparisons"][question.name] = figures
         show(question.name, figures)
     asked.output.parent.mkdir(parents=True, exist_ok=True)
-    asked.output.write_text(json.dumps(report, indent=1) + "\n")
+    asked.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if table:
         write_table(report, asked.output.with_suffix(".csv"))
         print(f"written to {asked.output} and {asked.output.with_suffix('.csv').name}")

@@ -104,7 +104,7 @@ def _tuned(family: str, device: str) -> Mapping[str, Tiling]:
     if os.environ.get("FOVEAL_TUNED", "1") == "0":
         return {}
     try:
-        tilings = json.loads(tuned_file(family, device).read_text())["tilings"]
+        tilings = json.loads(tuned_file(family, device).read_text(encoding="utf-8"))["tilings"]
         return {str(key): {str(name): int(value) for name, value in chosen.items()} for key, chosen in tilings.items()}
     except FileNotFoundError:
         return {}
@@ -126,7 +126,7 @@ def save(family: str, device: str, tilings: Mapping[str, Mapping[str, int]]) -> 
     text: dict[str, Any] = {"family": family, "device": device, "triton": triton_version(), "source": _source_hash(family)}
     text["tilings"] = dict(sorted(merged.items()))
     handle, name = tempfile.mkstemp(suffix=".json", dir=path.parent)
-    with os.fdopen(handle, "w") as file:
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(json.dumps(text, indent=1) + "\n")
     os.replace(name, path)
     forget()

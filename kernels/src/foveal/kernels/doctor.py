@@ -138,7 +138,7 @@ def _tuned() -> dict[str, list[str]]:
     """Family -> the entries that its launchers take from the user's cache on this machine."""
     device = configurations.device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     files = {file.parent.name: configurations.tuned_file(file.parent.name, device) for file in sorted(Path(__file__).parent.glob("*/triton.py"))}
-    return {family: sorted(json.loads(path.read_text())["tilings"]) for family, path in files.items() if path.exists()}
+    return {family: sorted(json.loads(path.read_text(encoding="utf-8"))["tilings"]) for family, path in files.items() if path.exists()}
 
 
 def report() -> dict[str, Any]:

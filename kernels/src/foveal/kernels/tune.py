@@ -68,7 +68,7 @@ class Outcome:
 
 def families() -> list[str]:
     """Families whose triton.py says what may be tuned."""
-    return [file.parent.name for file in sorted(Path(__file__).parent.glob("*/triton.py")) if "\ndef tunables(" in file.read_text()]
+    return [file.parent.name for file in sorted(Path(__file__).parent.glob("*/triton.py")) if "\ndef tunables(" in file.read_text(encoding="utf-8")]
 
 
 def tunables(family: str, *, toy: bool = False) -> list[Tunable]:

@@ -113,7 +113,10 @@ def delta_rule(
     beta: Float[Tensor, "batch heads length"],
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`gated_delta_rule` without a gate: nothing is forgotten but what a correction overwrites. The options are the same."""
+    """`gated_delta_rule` without a gate: nothing is forgotten but what a correction overwrites.
+
+    Shapes, the keyword options, results, errors and references are as there.
+    """
     return gated_delta_rule(q, k, v, beta, None, **options)
 
 
@@ -196,7 +199,15 @@ def gated_delta_rule_step(
     scale: float | None = None,
     normalize_qk: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One token of `gated_delta_rule`, for decoding: (output, state after it). Arguments as there, without the length."""
+    """One token of `gated_delta_rule`, for decoding. Arguments as there, without the length.
+
+    Returns:
+        Output (batch, heads, value_dim) in v's dtype, and the state after the token.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; that of the state is (batch, heads, dim, value_dim).
+        TypeError: an argument is not a floating-point tensor.
+    """
     q, k, v, rates = _one_token(q, k, v, {"beta": beta, **({} if g is None else {"g": g})})
     _check_state("state", state, (*k.shape[:2], k.shape[3], v.shape[3]))
     q, k, v = _cast(q, k, v, normalize_qk)
@@ -207,9 +218,16 @@ def gated_delta_rule_step(
 
 
 def delta_rule_step(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, *, scale: float | None = None, normalize_qk: bool = False
+    q: Float[Tensor, "batch heads dim"],
+    k: Float[Tensor, "batch heads dim"],
+    v: Float[Tensor, "batch heads value_dim"],
+    beta: Float[Tensor, "batch heads"],
+    state: Float[Tensor, "batch heads dim value_dim"],
+    *,
+    scale: float | None = None,
+    normalize_qk: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One token of `delta_rule`, for decoding: (output, state after it)."""
+    """One token of `delta_rule`, for decoding: `gated_delta_rule_step` without a gate, with its results and errors."""
     return gated_delta_rule_step(q, k, v, beta, None, state, scale=scale, normalize_qk=normalize_qk)
 
 
@@ -225,7 +243,15 @@ def titans_step(
     scale: float | None = None,
     normalize_qk: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """One token of `titans`, for decoding: (output, (memory, momentum) after it). Arguments as there, without the length."""
+    """One token of `titans`, for decoding. Arguments as there, without the length; `state` is (memory, momentum).
+
+    Returns:
+        Output (batch, heads, value_dim) in v's dtype, and (memory, momentum) after the token.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; memory and momentum are (batch, heads, dim, value_dim).
+        TypeError: an argument is not a floating-point tensor.
+    """
     q, k, v, rates = _one_token(q, k, v, {"theta": theta, "alpha": alpha, "eta": eta})
     for name, part in zip(("memory", "momentum"), state, strict=True):
         _check_state(name, part, (*k.shape[:2], k.shape[3], v.shape[3]))

@@ -93,8 +93,14 @@ def depthwise_norm(
         eps: added to the variance.
         backend: "cpu" or "torch"; None takes the first that can.
 
+    Returns:
+        (sequences, ceil(length / stride), channels) in x's dtype.
+
     Raises:
         ValueError: shapes that do not fit, an even kernel, or a backend that cannot run the call.
+
+    References:
+        Xu, Li, Chen, Hu, TIGER, ICLR 2025 (its multi-scale selective attention).
     """
     channels = _channels("x", x)
     if scale.shape != (channels,) or shift.shape != (channels,):
@@ -205,8 +211,14 @@ def gated_injection(
         eps: added to the variances.
         backend: "cpu" or "torch"; None takes the first that can.
 
+    Returns:
+        (sequences, length, channels) in the dtype of `local`.
+
     Raises:
         ValueError: shapes that do not fit, an even kernel, or a backend that cannot run the call.
+
+    References:
+        Xu, Li, Chen, Hu, TIGER, ICLR 2025 (its selective attention between scales).
     """
     channels = _channels("local", local)
     if other.ndim != 3 or other.shape[::2] != local.shape[::2]:
@@ -294,6 +306,9 @@ def channel_norm(
         sizes: channels of each group, in order; they add up to `channels`.
         eps: added to the variances.
         backend: "cpu" or "torch"; None takes the first that can.
+
+    Returns:
+        The shape and dtype of x.
 
     Raises:
         ValueError: shapes that do not fit, or a backend that cannot run the call.

@@ -24,7 +24,7 @@ from torch import Tensor
 from foveal.kernels.neighborhood.reference import window
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float, Int
 
 #: Queries of a tile, by the number of axes longer than one token.
 TILES = {0: (1,), 1: (64,), 2: (8, 8), 3: (4, 4, 4)}
@@ -102,6 +102,35 @@ def plan(
     return tuple(groups.values())
 
 
+# Masks and entries are kept between calls, which differ only in their tokens.
+
+
+@functools.lru_cache(maxsize=64)
+def _inside(patterns: tuple[Pattern, Pattern, Pattern]) -> Bool[Tensor, "query key"]:
+    """Whether a tile's query sees a key of its box."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        x, y, z = (pattern.inside() for pattern in patterns)
+        return (x[:, None, None, :, None, None] & y[:, None, None, :, None] & z[:, None, None, :]).flatten(3).flatten(0, 2)
+
+
+@functools.lru_cache(maxsize=64)
+def _shut(patterns: tuple[Pattern, Pattern, Pattern], dtype: torch.dtype) -> Float[Tensor, "1 query key"]:
+    """0 where the query sees the key, -inf elsewhere."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        inside = _inside(patterns)
+        return torch.zeros(1, *inside.shape, dtype=dtype).masked_fill_(~inside, float("-inf"))
+
+
+@functools.lru_cache(maxsize=64)
+def _entries(patterns: tuple[Pattern, Pattern, Pattern], kernel: tuple[int, ...]) -> Int[Tensor, "query key"]:
+    """Entry of the flattened table of relative biases."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        x, y, z = (pattern.relative(size) for pattern, size in zip(patterns, kernel, strict=True))
+        _, wide, deep = (2 * size - 1 for size in kernel)
+        index = (x[:, None, None, :, None, None] * wide + y[:, None, None, :, None]) * deep + z[:, None, None, :]
+        return index.flatten(3).flatten(0, 2)
+
+
 class _Call:
     """One call: its inputs, and how its tiles are cut out, multiplied and put back."""
 
@@ -123,19 +152,13 @@ class _Call:
 
     def additive(self, group: Group) -> Float[Tensor, "heads|1 query key"]:
         """Relative biases of a tile in base 2, -inf where the key is outside the query's window."""
-        rows, columns = group.sizes()
-        x, y, z = (pattern.inside() for pattern in group.patterns)
-        inside = (x[:, None, None, :, None, None] & y[:, None, None, :, None] & z[:, None, None, :]).reshape(rows, columns)
         if self.rpb is None:
-            return torch.zeros(1, rows, columns, dtype=self.dtype).masked_fill_(~inside, float("-inf"))
-        return (self.rpb.to(self.dtype) * LOG2E).flatten(1)[:, self.entries(group)].masked_fill_(~inside, float("-inf"))
+            return _shut(group.patterns, self.dtype)
+        table = (self.rpb.to(self.dtype) * LOG2E).flatten(1)
+        return table[:, self.entries(group)].masked_fill_(~_inside(group.patterns), float("-inf"))
 
-    def entries(self, group: Group) -> Tensor:
-        """(query, key) of a tile: entry of the flattened table."""
-        x, y, z = (pattern.relative(kernel) for pattern, kernel in zip(group.patterns, self.kernel, strict=True))
-        _, wide, deep = (2 * kernel - 1 for kernel in self.kernel)
-        index = (x[:, None, None, :, None, None] * wide + y[:, None, None, :, None]) * deep + z[:, None, None, :]
-        return index.reshape(group.sizes())
+    def entries(self, group: Group) -> Int[Tensor, "query key"]:
+        return _entries(group.patterns, tuple(self.kernel))
 
     def pieces(self, group: Group) -> Iterator[tuple[slice, slice, slice]]:
         """Batches, heads and tiles of a group that are computed at once."""

@@ -137,6 +137,12 @@ def rotary_axial(
         layout: see `rotate`.
         backend: see `rotate`.
 
+    Returns:
+        q turned, or with k the pair of both.
+
+    Raises:
+        ValueError: a shape does not fit, or `rotated_dims` does not divide among the axes.
+
     References:
         Heo et al., Rotary Position Embedding for Vision Transformer, 2024, section 3.2 ("RoPE-Axial").
     """
@@ -172,6 +178,15 @@ def rotary_quaternion(
         longest: longest period; larger scenes alias.
         layout: see `rotate`.
         backend: see `rotate`.
+
+    Returns:
+        q turned, or with k the pair of both.
+
+    Raises:
+        ValueError: a shape does not fit, or `rotated_dims` is no multiple of 4.
+
+    References:
+        QuatRoPE, CVPR 2026, arXiv 2603.24721, whose description it follows.
     """
     rotated = _head_dim(q) // 4 * 4 if rotated_dims is None else rotated_dims
     frequencies = quaternion_frequencies(rotated, shortest=shortest, longest=longest, device=q.device)
@@ -189,6 +204,12 @@ def quatrope_extension(points: Float[Tensor, "batch length 3"], head_dim: int, *
         points: box centres in metres, (batch, length, 3); zeros where the token is no object.
         head_dim: of q before anything is appended.
         base: of the rotary embedding beside it.
+
+    Returns:
+        (batch, length, 3), in the dtype of `points`; the same for every head.
+
+    Raises:
+        ValueError: another shape.
 
     References:
         QuatRoPE, CVPR 2026, arXiv 2603.24721; values of its released code.

@@ -85,6 +85,9 @@ def segment_reduce(
         num_nodes: number of nodes; default: one more than the largest index. Give it on a GPU and under torch.compile.
         backend: "triton", "cpu" or "reference"; default: the first that can run.
 
+    Returns:
+        (nodes, ...) in the dtype of `src`.
+
     Raises:
         TypeError: `src` is not a floating tensor, or the index is not of integers.
         ValueError: an unknown `reduce`, not exactly one of `index` and `ptr`, wrong shapes, or an index out of range.

@@ -243,7 +243,7 @@ def read_ledger(folder: Path, family: str) -> tuple[str | None, Entries]:
     path = folder / f"{family}.json"
     if not path.exists():
         return None, {}
-    raw = json.loads(path.read_text())
+    raw = json.loads(path.read_text(encoding="utf-8"))
     entries: Entries = {}
     for key, entry in raw["cases"].items():
         name, _, target = key.rpartition(" ")

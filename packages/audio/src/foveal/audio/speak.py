@@ -198,7 +198,11 @@ class Speaker:
         return sentences, warnings
 
     def say(self, sentence: str, index: int = 0) -> Sentence:
-        """Say one normalised sentence; `index` changes the random numbers from sentence to sentence."""
+        """Say one normalised sentence; `index` changes the random numbers from sentence to sentence.
+
+        Raises:
+            UserError: none of its letters is among the voice's symbols.
+        """
         spelled = spell(sentence, self.voice.alphabet, self.voice.language)
         numbers, _ = self.voice.vocabulary.encode(spelled)
         if len(numbers) < 2:
@@ -324,40 +328,13 @@ def speak_command(
     """
     if files and text is not None:
         raise UserError("expected a text or --file; got both; name one")
-    report, jobs = BatchReport(), list[tuple[str, Path | str, Path]]()
+    report = BatchReport()
+    jobs: list[tuple[str, str | Path, Path]]
     if files:
-        single = len(files) == 1 and files[0].is_file() and output is not None and output.suffix
-        found = []
-        for file in files:
-            with report.item(file) as missing:
-                found += [path for path in collect_inputs([file], (".txt",)) if path not in found]
-            if missing.state == "done":
-                report.entries.remove(missing)
-        if single:
-            assert output is not None
-            jobs = [(str(found[0]), found[0], output)]
-        else:
-            folder = output_folder("spoken" if output is None else output)
-            jobs = [(str(path), path, folder / f"{name}.wav") for path, name in zip(found, output_names(found), strict=True)]
+        jobs = _files_to_say(files, output, report)
     else:
-        if text in (None, "-"):
-            if sys.stdin.isatty():
-                raise UserError('expected a text to say, as in: foveal audio speak "Hello." -o hello.wav; got none')
-            try:
-                text = sys.stdin.read()
-            except UnicodeDecodeError:
-                raise UserError("expected text in UTF-8 on standard input; got something else") from None
-        assert text is not None
-        jobs = [("text", text, Path("speech.wav") if output is None else output)]
-    if plot is not None and len(jobs) != 1:
-        raise UserError(f"expected one text with --plot; got {len(jobs)}; name one")
-    for target in {target for _, _, target in jobs}:
-        if target.suffix.lower() != ".wav":
-            raise UserError(f"expected an output that ends in .wav; got {target}; choose another -o/--output")
-        if not target.parent.is_dir():
-            raise UserError(f"expected an existing folder for the output; {target.parent} is none; create it or choose another -o/--output")
-    if plot is not None and (plot.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg") or not plot.parent.is_dir()):
-        raise UserError(f"expected --plot in an existing folder, ending in .png, .pdf, .svg or .jpg; got {plot}")
+        jobs = [("text", _given_text(text), Path("speech.wav") if output is None else output)]
+    _check_outputs([target for _, _, target in jobs], plot)
     speaker = Speaker.from_pretrained(checkpoint, device, vocoder=vocoder, vocoder_checkpoint=vocoder_checkpoint, voice=voice, seed=seed)
     for name, source, target in jobs:
         present = [str(path) for path in (target, plot) if path is not None and path.exists()]
@@ -367,6 +344,44 @@ def speak_command(
         with report.item(name) as entry:
             _speak_one(speaker, read_text(source) if isinstance(source, Path) else source, target, plot, entry)
     return report.finish(as_json, {"seconds": ".1f", "real-time factor": ".3f", "sentences": ".0f"})
+
+
+def _given_text(text: str | None) -> str:
+    """The text of the command line, or of standard input."""
+    if text is not None and text != "-":
+        return text
+    if sys.stdin.isatty():
+        raise UserError('expected a text to say, as in: foveal audio speak "Hello." -o hello.wav; got none')
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise UserError("expected text in UTF-8 on standard input; got something else") from None
+
+
+def _files_to_say(files: Sequence[Path], output: Path | None, report: BatchReport) -> list[tuple[str, str | Path, Path]]:
+    """Name, text file and target of each; a single file may have its target named, others go into a folder. What is missing is reported."""
+    found: list[Path] = []
+    for file in files:
+        with report.item(file) as missing:
+            found += [path for path in collect_inputs([file], (".txt",)) if path not in found]
+        if missing.state == "done":
+            report.entries.remove(missing)
+    if len(files) == 1 and files[0].is_file() and output is not None and output.suffix:
+        return [(str(files[0]), files[0], output)]
+    folder = output_folder("spoken" if output is None else output)
+    return [(str(path), path, folder / f"{name}.wav") for path, name in zip(found, output_names(found), strict=True)]
+
+
+def _check_outputs(targets: Sequence[Path], plot: Path | None) -> None:
+    if plot is not None and len(targets) != 1:
+        raise UserError(f"expected one text with --plot; got {len(targets)}; name one")
+    for target in targets:
+        if target.suffix.lower() != ".wav":
+            raise UserError(f"expected an output that ends in .wav; got {target}; choose another -o/--output")
+        if not target.parent.is_dir():
+            raise UserError(f"expected an existing folder for the output; {target.parent} is none; create it or choose another -o/--output")
+    if plot is not None and (plot.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg") or not plot.parent.is_dir()):
+        raise UserError(f"expected --plot in an existing folder, ending in .png, .pdf, .svg or .jpg; got {plot}")
 
 
 def _speak_one(speaker: Speaker, text: str, target: Path, plot: Path | None, entry: Entry) -> None:

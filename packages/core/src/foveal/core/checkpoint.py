@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveal.core.errors import UserError
 from foveal.core.files import atomic_write
@@ -133,3 +133,26 @@ def load_weights(path: str | Path, system: str | None = None) -> Weights:
         raise UserError(f"expected a config in the header of {file}; it is missing or not JSON; write the checkpoint again") from None
     header.pop("foveal")
     return Weights(state=state, config=config, system=header.pop("system"), metadata=header)
+
+
+def start_from(network: nn.Module, path: str | Path, system: str | None = None, new_head: str | None = None) -> None:
+    """Give a network the weights of a file of ours, to train on from there.
+
+    Args:
+        network: of a config's sizes; its tensors are changed.
+        path: a file, or a folder with one.
+        system: as of `load_weights`.
+        new_head: what the keys of a head begin with that may be of another task: where its shapes differ, the network keeps its own.
+
+    Raises:
+        UserError: as `load_weights`, or tensors that are not the network's.
+    """
+    state, own = load_weights(path, system).state, network.state_dict()
+    if new_head is not None:
+        fresh = {key: value for key, value in own.items() if key.startswith(new_head)}
+        state = {**fresh, **{key: value for key, value in state.items() if key not in fresh or value.shape == fresh[key].shape}}
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"expected weights that fit the config's network; those in {path} do not: {reason}") from None

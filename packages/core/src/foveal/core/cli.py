@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,18 @@ def _condense(message: str) -> str:
     first = re.search(r"Errors:\n\s+- (.*?)(?=\n\s+- |\n\s*Given value type|\Z)", body, re.DOTALL)
     text = re.sub(r"<class '([\w.]+)'>", r"\1", " ".join((first[1] if first else body).split()))
     return f"{key[1]}: {text}" if key else text
+
+
+def _refusal(error: BaseException | None) -> UserError | None:
+    """What a constructor says against its arguments. Networks know no UserError: theirs is a ValueError that the constructor itself raises."""
+    while error is not None:
+        if isinstance(error, UserError):
+            return error
+        frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if isinstance(error, ValueError) and frames[-1:] in (["__init__"], ["__post_init__"]):
+            return UserError(f"{error}; mend the config or the option")
+        error = error.__cause__
+    return None
 
 
 def _hush() -> None:
@@ -158,16 +171,14 @@ class FovealCLI(LightningCLI):
         return self.config[str(self.subcommand)]
 
     def instantiate_classes(self) -> None:
-        """What a task or a data module says is wrong with its arguments is said as it is, not inside the parser's account of types."""
+        """What a task, a data module or a network's config says is wrong with its arguments is said as it is, not inside the parser's account."""
         try:
             super().instantiate_classes()
         except ValueError as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, UserError):
-                cause = cause.__cause__
-            if cause is None:
+            refusal = _refusal(error)
+            if refusal is None:
                 raise
-            raise cause from None
+            raise refusal from None
 
     def before_instantiate_classes(self) -> None:
         settings, fitting = self.settings, self.subcommand == "fit"

@@ -36,7 +36,7 @@ class DrawCurves(Callback):
 def read_metrics(path: str | Path) -> Series:
     """Name -> (steps, values) of every column of a metrics.csv but step and epoch, empty cells left out."""
     series: Series = defaultdict(lambda: ([], []))
-    with Path(path).open(newline="") as file:
+    with Path(path).open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             for name, cell in row.items():
                 if name not in ("step", "epoch") and cell:

@@ -41,7 +41,8 @@ class Muon(torch.optim.Optimizer):
         learning_rate: of Adam.
         momentum: of Muon.
         betas: of Adam.
-        weight_decay: of `matrices`, as a share of the rate.
+        weight_decay: of `matrices` and `kernels`, as a share of the rate.
+        kernels: of convolutions, (outputs, inputs, ...), each of which counts as one matrix, (outputs, all else).
     """
 
     def __init__(
@@ -53,9 +54,12 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
+        kernels: Iterable[Tensor] = (),
     ) -> None:
+        turned = {"lr": matrix_learning_rate, "momentum": momentum, "weight_decay": weight_decay, "matrices": True}
         groups: list[dict[str, Any]] = [
-            {"params": list(matrices), "lr": matrix_learning_rate, "momentum": momentum, "weight_decay": weight_decay, "matrices": True},
+            {"params": list(matrices), **turned},
+            {"params": list(kernels), **turned, "kernels": True},
             {"params": list(others), "lr": learning_rate, "betas": betas, "matrices": False},
         ]
         super().__init__([group for group in groups if group["params"]], {})
@@ -72,7 +76,7 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     # Matrices of one shape are turned together; what Adam does is the same for all shapes.
-                    alike[parameter.device, parameter.dtype, parameter.shape[-2:] if group["matrices"] else None].append(parameter)
+                    alike[parameter.device, parameter.dtype, _matrix(parameter, group) if group["matrices"] else None].append(parameter)
             for parameters in alike.values():
                 (self._muon if group["matrices"] else self._adam)(parameters, group)
         return loss
@@ -85,7 +89,7 @@ class Muon(torch.optim.Optimizer):
         averages = [self.state[parameter]["average"] for parameter in parameters]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov's look ahead
-        rows, columns = parameters[0].shape[-2:]
+        rows, columns = _matrix(parameters[0], group)
         updates = orthogonalised(torch.cat([matrix.reshape(-1, rows, columns) for matrix in ahead]))
         if group.get("weight_decay"):
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
@@ -107,6 +111,11 @@ class Muon(torch.optim.Optimizer):
         sizes = torch._foreach_sqrt(torch._foreach_div(squares, [1 - second**step for step in steps]))
         torch._foreach_add_(sizes, 1e-8)
         torch._foreach_addcdiv_(parameters, means, sizes, [-group["lr"] / (1 - first**step) for step in steps])
+
+
+def _matrix(parameter: Tensor, group: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns of what is turned."""
+    return (len(parameter), parameter[0].numel()) if group.get("kernels") else (parameter.shape[-2], parameter.shape[-1])
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -203,6 +203,6 @@ def _hub_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
     if not found:
         raise UserError(f"expected the authors' weights (.safetensors, .bin, .pth or .pt) in folder {folder}; found none; name the file")
     try:
-        return found[0], json.loads(settings.read_text()) if settings.exists() else {}
+        return found[0], json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
     except json.JSONDecodeError as error:
         raise UserError(f"expected JSON in {settings}: {error}; download it again") from None

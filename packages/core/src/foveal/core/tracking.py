@@ -49,10 +49,10 @@ class MetricsFile(CSVLogger):
     def rewind(self, global_step: int) -> None:
         """Drop the rows that a run resumed at `global_step` will write again."""
         if self.path.exists():
-            with self.path.open(newline="") as file:
+            with self.path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
                 names, rows = list(reader.fieldnames or ()), [row for row in reader if int(row["step"]) < global_step]
-            with atomic_write(self.path) as temporary, temporary.open("w", newline="") as file:
+            with atomic_write(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, names)
                 writer.writeheader()
                 writer.writerows(rows)
@@ -64,7 +64,7 @@ class _AppendingWriter(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
         path = Path(self.metrics_file_path)
         if path.exists():
-            with path.open(newline="") as file:
+            with path.open(newline="", encoding="utf-8") as file:
                 self.metrics_keys = next(csv.reader(file), [])
 
 

@@ -54,7 +54,7 @@ def open_recording(path: str | Path) -> mne.io.BaseRaw:
     except MemoryError:
         raise UserError(f"expected a recording that fits in memory in this format; {file} does not; convert it to EDF or FIF") from None
     except Exception as error:  # readers of a dozen formats fail with whatever their parsers meet
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__
         raise UserError(f"expected a readable {suffix[1:].upper()} recording; {file} cannot be read: {reason}; is it complete?") from None
     if raw.n_times == 0:
         raise UserError(f"expected a recording with samples; {file} holds none")

@@ -15,6 +15,7 @@ from foveal.eeg.models.tfm_tokenizer import TFMTokenizer
 from foveal.eeg.predict import Tokens
 
 _COLUMNS = 1200  # of the spectrogram and the strip: more windows than that are averaged
+_NAMES = 20  # of channels beside the strip, at most
 _INK, _LINE = "#333333", "#3b6ea5"
 
 
@@ -90,8 +91,8 @@ def _strip(axes: Axes, tokens: Tokens, centroid: ndarray) -> AxesImage:
         colours, aspect="auto", interpolation="nearest", extent=extent, cmap="turbo", vmin=np.quantile(known, 0.02), vmax=np.quantile(known, 0.98)
     )
     axes.set_facecolor("#dddddd")
-    shown = np.unique(np.linspace(0, len(tokens.channels) - 1, min(len(tokens.channels), 10)).astype(int))
-    axes.set_yticks(shown, [tokens.channels[i] for i in shown], fontsize=7)
+    shown = range(0, len(tokens.channels), -(-len(tokens.channels) // _NAMES))
+    axes.set_yticks(shown, [tokens.channels[i] for i in shown], fontsize=6)
     axes.set_xlabel(f"Time ({name})")
     axes.set_ylabel("Tokens of channels")
     return image

@@ -20,7 +20,7 @@ from foveal.core.errors import UserError
 from foveal.core.files import atomic_write, output_folder
 from foveal.core.reports import BatchReport
 from foveal.medical.checkpoints import model_from_weights
-from foveal.medical.inference import run_slices
+from foveal.medical.inference import View, check_views, run_slices
 from foveal.medical.metrics import dice_scores, hausdorff95, mean_known
 from foveal.medical.plots import attention_figure, overlay_figure
 from foveal.medical.preparation import Preparation
@@ -46,15 +46,17 @@ class Segmenter:
         class_names: of the classes but the background.
         device: ``auto``, ``cpu`` or ``cuda[:N]``.
         sequences: names of the sequences that one scan consists of; usually one.
+        views: that each slice is seen in besides as it stands; their probabilities are averaged, see `foveal.medical.inference.run_slices`.
     """
 
     def __init__(
         self, network: nn.Module, preparation: Preparation, class_names: Sequence[str], device: str | torch.device = "auto",
-        sequences: Sequence[str] = ("image",),
+        sequences: Sequence[str] = ("image",), views: Sequence[View] = (),
     ) -> None:  # fmt: skip
         self.device = device if isinstance(device, torch.device) else resolve_device(device)
         self.network, self.preparation = network.to(self.device).eval(), preparation
-        self.class_names, self.sequences = tuple(class_names), tuple(sequences)
+        self.class_names, self.sequences, self.views = tuple(class_names), tuple(sequences), tuple(views)
+        check_views(self.views)
         channels = getattr(getattr(network, "config", None), "channels", None)
         expected = preparation.channels * len(self.sequences)
         if channels is not None and channels != expected and expected != 1:
@@ -62,12 +64,13 @@ class Segmenter:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path | None = None, device: str | torch.device = "auto", classes: Sequence[str] | None = None
-    ) -> Segmenter:
+        cls, source: str | Path | None = None, device: str | torch.device = "auto", classes: Sequence[str] | None = None,
+        views: Sequence[View] | None = None,
+    ) -> Segmenter:  # fmt: skip
         """Load trained weights: a ``.safetensors`` file or a folder with one; None is the small model that ships with the package.
 
         Weights that `convert` made of the authors' carry no preparation: they get the authors' (slices as stored, values / 255 for guided
-        attention, 0 to 255 for MHS-VM), and `classes` name their classes.
+        attention, 0 to 255 for MHS-VM), and `classes` name their classes. `views` are those that the weights were measured with, unless given.
 
         Raises:
             UserError: missing, corrupt or foreign weights.
@@ -86,7 +89,9 @@ class Segmenter:
         names = classes or (about["classes"].split("|") if about.get("classes") else [f"class {label}" for label in range(1, count + 1)])
         if len(names) != count:
             raise UserError(f"expected {count} names of classes for {place}; got {len(names)}: {', '.join(names)}")
-        return cls(network, preparation, names, device, about["sequences"].split("|") if about.get("sequences") else ("image",))
+        sequences = about["sequences"].split("|") if about.get("sequences") else ("image",)
+        measured: Any = [view for view in about.get("views", "").split("|") if view]
+        return cls(network, preparation, names, device, sequences, measured if views is None else views)
 
     def __call__(self, scan: str | Path | Volume | Any | Sequence[str | Path | Volume]) -> Volume:
         """Labels of a scan, on its own grid.
@@ -103,7 +108,7 @@ class Segmenter:
     def logits(self, volumes: Sequence[Volume]) -> Float[ndarray, "classes i j k"]:
         """Logits on the scan's own grid."""
         slices = self.preparation.slices(volumes)
-        return self.preparation.restore(run_slices(self.network, slices), volumes[0])
+        return self.preparation.restore(run_slices(self.network, slices, views=self.views), volumes[0])
 
     def probabilities(self, scan: Any) -> Float[ndarray, "classes i j k"]:
         """Probabilities of every class, the background first, on the scan's own grid."""
@@ -145,6 +150,7 @@ class Segmenter:
             "preparation": json.dumps(self.preparation.to_dict()),
             "classes": "|".join(self.class_names),
             "sequences": "|".join(self.sequences),
+            "views": "|".join(self.views),
         }
         network: Any = self.network
         return save_weights(path, network.state_dict(), system=system, config=network.config, card=card, dtype=dtype, metadata=metadata)
@@ -197,15 +203,15 @@ def _dicom_without_suffix(path: Path) -> bool:
 
 def segment_command(
     scans: Sequence[Path], *, output: Path | None, checkpoint: Path | None, device: str, truth: Path | None = None, probabilities: bool = False,
-    pictures: bool = True, attention: bool = False, frame: int | None = None, series: str | None = None, overwrite: bool = False, seed: int = 0,
-    as_json: bool = False,
+    pictures: bool = True, attention: bool = False, views: str | None = None, frame: int | None = None, series: str | None = None,
+    overwrite: bool = False, seed: int = 0, as_json: bool = False,
 ) -> int:  # fmt: skip
     """Segment files; one that fails does not stop the others. Returns the exit code."""
     torch.manual_seed(seed)
     places = collect_scans(scans)
     if truth is not None and not truth.exists():
         raise UserError(f"expected reference labels; {truth} does not exist; check --truth")
-    segmenter = Segmenter.from_pretrained(checkpoint, device)
+    segmenter = Segmenter.from_pretrained(checkpoint, device, views=None if views is None else _views_of(views))
     if len(segmenter.sequences) > 1:
         raise UserError(
             f"expected weights of one sequence; these want {', '.join(segmenter.sequences)}: call Segmenter from Python with a list of files"
@@ -250,6 +256,11 @@ def segment_command(
     columns = {"seconds": ".1f", "Dice": ".3f", "HD95 mm": ".1f"} | {f"{name} ml": ".2f" for name in segmenter.class_names}
     columns |= {f"{name} pixels": ".0f" for name in segmenter.class_names}
     return report.finish(as_json, columns)
+
+
+def _views_of(text: str) -> list[Any]:
+    """From the command line: names with commas between them, or "none"."""
+    return [] if text == "none" else [part.strip() for part in text.split(",")]
 
 
 def _escaped(name: str) -> str:

@@ -67,7 +67,7 @@ class Calibration:
             UserError: it cannot be written.
         """
         with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
@@ -78,7 +78,7 @@ class Calibration:
         """
         file = Path(path)
         try:
-            return cls(**json.loads(file.read_text()))
+            return cls(**json.loads(file.read_text(encoding="utf-8")))
         except OSError as error:
             raise UserError(f"expected a calibration file; {file}: {error.strerror}; check the path") from None
         except (ValueError, TypeError) as error:

@@ -56,8 +56,9 @@ def load_official(system: str, source: str | Path | Mapping[str, Tensor], **conf
     """Our model with the authors' weights, in eval mode.
 
     Args:
-        system: "tiger", "tiger_dnr" or "mambattention". For "tiger_dnr", a state dict without the prefixes ``dialog.``, ``effect.`` and
-            ``music.`` gives one branch, a `TIGER` with three sources.
+        system: "tiger", "tiger_dnr", "mambattention", "transformer_tts" (``layout="soobinseo"`` asks for that form), "hifigan" or "vocos"; `systems`
+            lists them. For "tiger_dnr", a state dict without the prefixes ``dialog.``, ``effect.`` and ``music.`` gives one branch, a `TIGER`
+            with three sources.
         source: the authors' file, a folder with their ``config.json`` and weights, or a state dict with their keys. float64 tensors give a
             float64 model.
         **config: the authors' keyword names (``out_channels``, ``num_blocks``, ``win``, ...); the published large configuration is the default.

@@ -82,7 +82,14 @@ def griffin_lim(
 ) -> Float[Tensor, "*batch samples"]:
     """A waveform by Griffin and Lim's alternation between magnitude and consistent phase (1984; momentum: Perraudin et al., 2013).
 
-    The first phase is drawn at random; (frames - 1) * hop samples.
+    Args:
+        mel: spectrogram as `config` makes it, with its logarithm.
+        config: its window, hop and bands.
+        iterations: of the alternation; the first phase is drawn at random.
+        momentum: how far each goes beyond the last; 0 is the method of 1984.
+
+    Returns:
+        (frames - 1) * hop samples.
     """
     window = torch.hann_window(config.window, device=mel.device, dtype=mel.dtype)
     magnitude, samples = linear_magnitude(mel, config), (mel.shape[-1] - 1) * config.hop

@@ -24,7 +24,7 @@ from foveal.audio.plots import plot_enhancement
 from foveal.audio.speech_quality import SCORES, Scorers, enhancement_scores, result_or
 from foveal.audio.tasks.metric_discriminator import DiscriminatorTraining
 from foveal.audio.tasks.mixture_report import MixtureReport, show_example
-from foveal.core.checkpoint import load_weights
+from foveal.core.checkpoint import start_from
 from foveal.core.errors import UserError
 
 _NO_SCORES = dict.fromkeys(SCORES, math.nan)
@@ -73,11 +73,7 @@ class EnhancementTask(pl.LightningModule):
         super().__init__()
         self.network = network
         if weights is not None:
-            try:
-                network.load_state_dict(load_weights(weights).state)
-            except RuntimeError as error:
-                reason = " ".join(str(error).split())[:200]
-                raise UserError(f"expected weights that fit the config's network; those in {weights} do not: {reason}") from None
+            start_from(network, weights)
         self.learning_rate, self.betas, self.decay = learning_rate, betas, decay
         self.schedule, self.warmup, self.cooldown = schedule, warmup, cooldown
         self.loss = loss

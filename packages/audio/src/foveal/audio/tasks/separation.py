@@ -18,7 +18,7 @@ from foveal.audio.losses import pairwise_si_sdr, pairwise_snr, pit, pit_loss
 from foveal.audio.metrics import has_perceptual_extras, perceptual_scores, reorder, sdr_improvement, si_sdr_improvement
 from foveal.audio.plots import plot_separation
 from foveal.audio.tasks.mixture_report import MixtureReport, show_example
-from foveal.core.checkpoint import load_weights
+from foveal.core.checkpoint import start_from
 from foveal.core.errors import UserError
 from foveal.core.muon import Muon
 
@@ -62,11 +62,7 @@ class SeparationTask(pl.LightningModule):
         super().__init__()
         self.network = network
         if weights is not None:
-            try:
-                network.load_state_dict(load_weights(weights).state)
-            except RuntimeError as error:
-                reason = " ".join(str(error).split())[:200]
-                raise UserError(f"expected weights that fit the config's network; those in {weights} do not: {reason}") from None
+            start_from(network, weights)
         self.learning_rate, self.matrix_learning_rate = learning_rate, matrix_learning_rate
         self.schedule, self.patience = schedule, patience
         self.warmup, self.cooldown, self.sample_rate = warmup, cooldown, sample_rate

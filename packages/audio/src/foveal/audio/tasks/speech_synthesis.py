@@ -20,7 +20,7 @@ from foveal.audio.synthesis_metrics import Alignment, best_alignment, mel_cepstr
 from foveal.audio.tasks.synthesis_losses import guided_attention_loss, last_heads, spectrogram_losses, stop_loss
 from foveal.audio.tasks.synthesis_report import SynthesisReport
 from foveal.audio.voice import Voice
-from foveal.core.checkpoint import load_weights
+from foveal.core.checkpoint import start_from
 from foveal.core.errors import UserError
 from foveal.core.tracking import log_audio, log_figure
 
@@ -69,11 +69,7 @@ class SpeechSynthesisTask(pl.LightningModule):
         super().__init__()
         self.network = TransformerTTS(config)
         if weights is not None:
-            try:
-                self.network.load_state_dict(load_weights(weights, "transformer_tts").state)
-            except RuntimeError as error:
-                reason = " ".join(str(error).split())[:200]
-                raise UserError(f"expected weights that fit the config's network; those in {weights} do not: {reason}") from None
+            start_from(self.network, weights, "transformer_tts")
         self.learning_rate, self.schedule, self.warmup, self.cooldown, self.loss = learning_rate, schedule, warmup, cooldown, loss
         self.guided_weight, self.guided_sigma, self.guided_heads, self.guided_layers = guided_weight, guided_sigma, guided_heads, guided_layers
         self.threshold = threshold

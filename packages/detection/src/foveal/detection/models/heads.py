@@ -118,17 +118,26 @@ class Detect(nn.Module):
         self, maps: Sequence[Tensor]
     ) -> tuple[Float[Tensor, "batch 4 cells"], Float[Tensor, "batch classes cells"], Float[Tensor, "2 cells"], Float[Tensor, " cells"]]:
         """Distances in strides to left, top, right, bottom; class logits; and the cells' centres and strides."""
+        sizes = [(int(x.shape[2]), int(x.shape[3])) for x in maps]
+        centres, strides = anchor_points(sizes, maps[0])
+        if torch.jit.is_tracing():  # graph runtimes keep the cells last: nothing is permuted
+            rows = [x.reshape(-1, 4 * BINS + self.classes, height * width) for x, (height, width) in zip(maps, sizes, strict=True)]
+            logits, scores = torch.cat(rows, 2).split((4 * BINS, self.classes), 1)
+            logits = logits.reshape(-1, 4, BINS, sum(height * width for height, width in sizes))
+            shares = (logits - logits.amax(2, keepdim=True)).exp()
+            weighted, whole = (torch.stack((self.bins, torch.ones_like(self.bins))).to(shares.dtype) @ shares).unbind(2)
+            return weighted / whole, scores, centres, strides
         # Cell by cell: views where memory is channels last, and a distribution's numbers stand together.
         rows = [x.permute(0, 2, 3, 1).flatten(1, 2) for x in maps]
         boxes = torch.cat([x[..., : 4 * BINS] for x in rows], 1).unflatten(2, (4, BINS))
         scores = torch.cat([x[..., 4 * BINS :] for x in rows], 1)
-        centres, strides = anchor_points([(x.shape[2], x.shape[3]) for x in maps], boxes)
         return (boxes.softmax(3) @ self.bins.to(boxes.dtype)).transpose(1, 2), scores.transpose(1, 2), centres, strides
 
     def decode(self, raw: RawPrediction) -> Prediction:
         """Pixels and probabilities."""
         distances, scores, centres, strides = self.distances(raw.maps)
-        low, high = centres - distances[:, :2], centres + distances[:, 2:]
+        before, after = distances.split(2, 1)
+        low, high = centres - before, centres + after
         boxes = torch.cat(((low + high) / 2, high - low), 1) * strides
         return Prediction(torch.cat((boxes, scores.sigmoid()), 1), raw.maps, raw.extra, raw.prototypes)
 

@@ -29,7 +29,7 @@ from foveal.kernels.convolution import ActivatedConv2d, ConvolutionChain, Place
 from foveal.kernels.nn import HyperedgeAttention
 
 
-def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, activated: bool) -> ActivatedConv2d:
+def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, activated: bool) -> ActivatedConv2d:
     """Convolution and batch norm in one."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -40,7 +40,7 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, activated: bool) -> Activated
 
 
 def _plain(module: ConvNorm) -> ActivatedConv2d:
-    return _folded(module.conv, module.norm, module.activated)
+    return folded(module.conv, module.norm, module.activated)
 
 
 def _beside(several: Iterable[ConvNorm]) -> ActivatedConv2d:
@@ -56,7 +56,7 @@ def _beside(several: Iterable[ConvNorm]) -> ActivatedConv2d:
 def _separable(chain: ConvolutionChain, parts: Sequence[Place], module: DSConv, added: Place | None = None) -> Place:
     """Depthwise, then pointwise with bias and SiLU."""
     depthwise = ActivatedConv2d.of(module.depthwise.weight, None, False, module.depthwise)
-    return chain.convolve([chain.convolve(parts, depthwise)], _folded(module.pointwise, module.norm, True), added)
+    return chain.convolve([chain.convolve(parts, depthwise)], folded(module.pointwise, module.norm, True), added)
 
 
 def _bottleneck(chain: ConvolutionChain, x: Place, module: DSBottleneck) -> Place:

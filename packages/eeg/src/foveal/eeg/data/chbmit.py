@@ -21,7 +21,11 @@ _LENGTH = 10.0
 
 
 def read_summary(file: Path) -> dict[str, list[tuple[float, float]]]:
-    """Recording's name -> beginnings and ends of its seizures, in seconds."""
+    """Recording's name -> beginnings and ends of its seizures, in seconds.
+
+    Raises:
+        UserError: a seizure ends before it begins.
+    """
     seizures: dict[str, list[tuple[float, float]]] = {}
     name, begin = "", None
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():

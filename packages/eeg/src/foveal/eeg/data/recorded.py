@@ -77,7 +77,11 @@ class RecordedWindows(Dataset):
 
 
 def edf_seconds(file: Path) -> float:
-    """Length of an EDF or BDF recording, from its header alone."""
+    """Length of an EDF or BDF recording in seconds, from its header alone.
+
+    Raises:
+        UserError: it has no such header.
+    """
     with file.open("rb") as stream:
         header = stream.read(256)
     try:

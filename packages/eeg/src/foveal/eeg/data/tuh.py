@@ -62,7 +62,7 @@ class TUEV(WindowsDataModule):
             if not table.exists():
                 raise UserError(f"expected the table {table.name} beside {file}; it is missing; download the corpus again")
             try:
-                rows = [[float(value) for value in line.split(",")] for line in table.read_text().splitlines() if line.strip()]
+                rows = [[float(value) for value in line.split(",")] for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
                 spans = [(start, end, int(label)) for _, start, end, label in rows]
             except ValueError:
                 raise UserError(f"expected lines of channel, start, end, label in {table}; got others; download the corpus again") from None

@@ -27,7 +27,7 @@ from torchmetrics.classification import (
     MultilabelF1Score,
 )
 
-from foveal.core.checkpoint import load_weights
+from foveal.core.checkpoint import start_from
 from foveal.core.errors import UserError
 from foveal.core.tracking import log_figure
 from foveal.eeg.checkpoints import model_from_weights
@@ -109,13 +109,7 @@ class _TokenTask(pl.LightningModule):
             )
         network.start_from(self.tokenizer.model.codebook.weight)
         if weights is not None:
-            state = load_weights(weights, "tfm_encoder").state
-            own = network.state_dict()  # a head of another task is not taken over
-            fitting = {key: value for key, value in state.items() if not key.startswith("head.") or value.shape == own[key].shape}
-            try:
-                network.load_state_dict({**own, **fitting})
-            except RuntimeError as error:
-                raise UserError(f"expected weights that fit the config's network; those in {weights} do not: {str(error)[:160]}") from None
+            start_from(network, weights, "tfm_encoder", new_head="head.")
         self.learning_rate, self.final_learning_rate, self.warmup = learning_rate, final_learning_rate, warmup
         self.weight_decay, self.betas = weight_decay, betas
 

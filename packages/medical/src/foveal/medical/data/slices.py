@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -104,13 +105,27 @@ class Slices(Dataset):
         pair = {"image": self.images[index], "label": self.labels[index].float()}
         # MONAI's transforms have generators of their own; the loader has seeded torch's by epoch and index.
         self.augment.set_random_state(int(torch.randint(2**31, ())))
-        out: Any = self.augment(pair)
+        with _without_history():
+            out: Any = self.augment(pair)
         image, label = torch.as_tensor(np.asarray(out["image"])), torch.as_tensor(np.asarray(out["label"]))[0].long()
         if self.crop is not None:
             top, left = (int(torch.randint(size - cut + 1, ())) for size, cut in zip(image.shape[1:], self.crop, strict=True))
             place = (slice(top, top + self.crop[0]), slice(left, left + self.crop[1]))
             image, label = image[:, place[0], place[1]], label[place]
         return image, label
+
+
+@contextmanager
+def _without_history() -> Iterator[None]:
+    """MONAI's transforms on plain tensors: writing down what was done to each costs as much as doing it."""
+    from monai.data import get_track_meta, set_track_meta
+
+    before = get_track_meta()
+    set_track_meta(False)
+    try:
+        yield
+    finally:
+        set_track_meta(before)
 
 
 def _filled(stack: Tensor, size: list[int]) -> Tensor:

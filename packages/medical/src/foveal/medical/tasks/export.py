@@ -79,6 +79,7 @@ def _about(system: str, run: TrainedRun) -> dict[str, str]:
         "preparation": json.dumps(Preparation(**(data.get("preparation") or {})).to_dict()),
         "classes": "|".join(data["class_names"]),
         "sequences": "flair|t1|t1ce|t2" if data.get("layout") == "brats" else "image",
+        "views": "|".join(run.settings["model"]["init_args"].get("views") or ()),
     }
 
 

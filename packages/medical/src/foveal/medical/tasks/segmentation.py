@@ -7,6 +7,7 @@ that the bundled weights are held against.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -16,12 +17,17 @@ from monai.losses import DiceCELoss, DiceLoss
 from torch import Tensor, nn
 
 from foveal.core.errors import UserError
+from foveal.core.muon import Muon
 from foveal.medical.data.slices import Scan
-from foveal.medical.inference import logits_of, run_slices
+from foveal.medical.inference import View, check_views, in_cpu_order, logits_of, run_slices
 from foveal.medical.losses import bce_dice_loss, guided_loss
 from foveal.medical.metrics import dice_scores, mean_known
 from foveal.medical.tasks.schedules import rising_then_cosine
 from foveal.medical.volumes import Volume
+
+#: Smaller sides, as matrices, of the kernels that are Muon's. Heads have fewer rows: classes need not be of equal strength. Turning a larger matrix
+#: takes longer than the pass through the network does.
+_KERNELS = range(8, 129)
 
 Loss = Literal["guided", "dice_ce", "bce_dice"]
 
@@ -36,8 +42,9 @@ class SegmentationTask(pl.LightningModule):
         network: slices to logits.
         loss: "guided" (needs `GuidedAttentionNet`), "dice_ce", or "bce_dice" for one class with targets 0 and 1.
         dice_weight: of a soft Dice loss of the second stage's mean logits, added to the guided loss; the paper has none.
-        optimizer: "adam" or "adamw".
+        optimizer: "adam", "adamw", or "muon": Muon for the convolutions' kernels (up to 128 channels), Adam for all else.
         learning_rate: highest.
+        matrix_learning_rate: of Muon, highest.
         betas: of the optimiser.
         weight_decay: of the optimiser.
         schedule: "cosine" (rises for `warmup` of the steps, falls to 0), "halving" (by 2 when ``val/dice`` has not risen for `patience`
@@ -45,19 +52,23 @@ class SegmentationTask(pl.LightningModule):
         warmup: share of the steps.
         patience: of "halving".
         slices_at_once: in validation and tests.
+        views: of each slice in validation and tests, see `run_slices`; exported weights keep them.
     """
 
     def __init__(
-        self, network: nn.Module, loss: Loss = "dice_ce", dice_weight: float = 0.0, optimizer: Literal["adam", "adamw"] = "adam",
-        learning_rate: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0,
+        self, network: nn.Module, loss: Loss = "dice_ce", dice_weight: float = 0.0, optimizer: Literal["adam", "adamw", "muon"] = "adam",
+        learning_rate: float = 1e-3, matrix_learning_rate: float = 0.02, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0,
         schedule: Literal["cosine", "halving", "constant"] = "constant", warmup: float = 0.05, patience: int = 50, slices_at_once: int = 16,
+        views: Sequence[View] = (),
     ) -> None:  # fmt: skip
         super().__init__()
         if loss == "guided" and not hasattr(network, "forward_guided"):
             raise UserError(f"expected a GuidedAttentionNet for the guided loss; got {type(network).__name__}; set loss to dice_ce")
+        check_views(views)
         self.network, self.loss, self.dice_weight = network, loss, dice_weight
         self.optimizer, self.learning_rate, self.betas, self.weight_decay = optimizer, learning_rate, betas, weight_decay
-        self.schedule, self.warmup, self.patience, self.slices_at_once = schedule, warmup, patience, slices_at_once
+        self.matrix_learning_rate = matrix_learning_rate
+        self.schedule, self.warmup, self.patience, self.slices_at_once, self.views = schedule, warmup, patience, slices_at_once, tuple(views)
         self.dice_ce = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
         self.dice = DiceLoss(to_onehot_y=True, softmax=True, include_background=False)
         self._scores: list[np.ndarray] = []
@@ -75,7 +86,7 @@ class SegmentationTask(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """The loss of a batch of slices."""
-        image, label = batch
+        image, label = in_cpu_order(batch[0]), batch[1]
         if self.loss == "guided":
             outputs = self.network.forward_guided(image)  # type: ignore[operator]
             parts = guided_loss(outputs, label)
@@ -94,7 +105,7 @@ class SegmentationTask(pl.LightningModule):
     def segmented(self, scan: Scan) -> np.ndarray:
         """Labels of a scan on its own grid."""
         preparation = self.trainer.datamodule.preparation  # type: ignore[attr-defined]
-        logits = run_slices(self.network, scan.slices, self.slices_at_once, self.device)
+        logits = run_slices(self.network, scan.slices, self.slices_at_once, self.device, self.views)
         return labels_of(preparation.restore(logits, scan.image))
 
     def validation_step(self, scan: Scan, index: int) -> None:
@@ -135,8 +146,7 @@ class SegmentationTask(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule."""
-        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
-        optimizer = kind(self.network.parameters(), self.learning_rate, self.betas, weight_decay=self.weight_decay)
+        optimizer = self._optimizer()
         if self.schedule == "constant":
             return optimizer
         if self.schedule == "halving":
@@ -145,6 +155,17 @@ class SegmentationTask(pl.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, rising_then_cosine(steps, self.warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        parameters = list(self.network.parameters())
+        if self.optimizer == "muon":
+            kernels = [parameter for parameter in parameters if parameter.dim() > 2 and min(len(parameter), parameter[0].numel()) in _KERNELS]
+            others = [parameter for parameter in parameters if not any(parameter is kernel for kernel in kernels)]
+            return Muon([], others, self.matrix_learning_rate, self.learning_rate, 0.9, self.betas, self.weight_decay, kernels)
+        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+        # Hundreds of small parameters: on a CPU one call for all of them is four times as fast as one for each.
+        fused = all(parameter.device.type == "cpu" for parameter in parameters) or None
+        return kind(parameters, self.learning_rate, self.betas, weight_decay=self.weight_decay, fused=fused)
 
 
 def labels_of(logits: np.ndarray) -> np.ndarray:

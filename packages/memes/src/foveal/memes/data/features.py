@@ -40,6 +40,8 @@ class Corpus:
         labels: of a table: task -> column.
         text: of a table: its column of texts.
         reason: of a table: its column of explanations.
+        image: of a table: its column of pictures.
+        classes: of a table whose labels are words: task -> names of its classes, class 0 first.
     """
 
     kind: str
@@ -48,6 +50,8 @@ class Corpus:
     labels: dict[str, str] = field(default_factory=dict)
     text: str = "text"
     reason: str | None = None
+    image: str = "image"
+    classes: dict[str, list[str]] = field(default_factory=dict)
 
     def read(self) -> list[Meme]:
         """Its memes.
@@ -56,7 +60,9 @@ class Corpus:
             UserError: an unknown kind, or what the reader says.
         """
         if self.kind == "table":
-            return read_table(self.file, text=self.text, reason=self.reason, labels=self.labels, images=self.images)
+            return read_table(
+                self.file, image=self.image, text=self.text, reason=self.reason, labels=self.labels, classes=self.classes, images=self.images
+            )
         if self.kind in _WITH_IMAGES:
             return _WITH_IMAGES[self.kind](self.file, self.images)
         if self.kind in _BESIDE_IMAGES:

@@ -205,7 +205,11 @@ def read_hateful(file: str | Path) -> list[Meme]:
 
 
 def read_mami(file: str | Path) -> list[Meme]:
-    """MAMI's table ``file_name, misogynous, shaming, stereotype, objectification, violence, Text Transcription``, tab-separated with any suffix."""
+    """MAMI's table ``file_name, misogynous, shaming, stereotype, objectification, violence, Text Transcription``, tab-separated with any suffix.
+
+    Raises:
+        UserError: it cannot be read, or a label is no class.
+    """
     path = Path(file)
     try:
         table = pandas.read_csv(path, dtype=str, keep_default_na=False, sep="\t", encoding="utf-8-sig")

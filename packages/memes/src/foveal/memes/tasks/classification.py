@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from foveal.core.errors import UserError
 from foveal.memes.calibration import expected_calibration_error, fit_temperature
 from foveal.memes.data.features import NO_LABEL, Batch, Encoding
 from foveal.memes.models.tcrnet import Fused, TCRNet, TCRNetConfig, Tokens
@@ -45,6 +46,9 @@ class MemeTask(pl.LightningModule):
         balanced: weigh classes by the inverse of their frequency in training.
         noise: standard deviation of Gaussian noise on the unit vectors, over all their dimensions together.
         stream_dropout: chance that a present stream is left out in training, where at least one other remains.
+
+    Raises:
+        UserError: names of other classes than the network's, or an unknown schedule.
     """
 
     def __init__(
@@ -63,9 +67,10 @@ class MemeTask(pl.LightningModule):
     ) -> None:
         super().__init__()
         if {task: len(names) for task, names in classes.items()} != dict(network.classes):
-            raise ValueError(f"classes name { ({task: len(names) for task, names in classes.items()}) }, the network has {dict(network.classes)}")
+            named = {task: len(names) for task, names in classes.items()}
+            raise UserError(f"expected classes of the tasks and numbers in network.classes, {dict(network.classes)}; got names for {named}; mend one")
         if schedule not in ("constant", "one_cycle"):
-            raise ValueError(f"schedule must be constant or one_cycle; got {schedule!r}")
+            raise UserError(f"expected schedule constant or one_cycle; got {schedule!r}")
         self.network = TCRNet(network)
         self.classes, self.encoding, self.weights = classes, encoding, weights or {}
         self.learning_rate, self.weight_decay, self.schedule = learning_rate, weight_decay, schedule

@@ -122,8 +122,8 @@ class MemeReport:
         intervals = self.intervals()
         with atomic_write(folder / "test.json") as temporary:
             content = {"memes": len(self.leaks), "leaked": int(self.leaks.sum()), "all": every, "without_leaks": clean, "intervals": intervals}
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
-        with atomic_write(folder / "test.csv") as temporary, temporary.open("w", newline="") as file:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        with atomic_write(folder / "test.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["figure", "all", "low", "high", "without_leaks"])
             for name, value in every.items():
