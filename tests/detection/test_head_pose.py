@@ -275,6 +275,27 @@ def test_a_batch_goes_on_past_a_bad_picture_and_keeps_what_is_there(weights: Pat
     assert {entry["state"] for entry in json.loads(capsys.readouterr().out)["files"]} == {"kept", "failed"}
 
 
+@pytest.mark.parametrize(
+    ("start", "metadata", "said"),
+    [(True, {}, "no training has touched them"), (False, {"learned_from": "drawn heads"}, "drawn heads alone"), (False, {}, None)],
+)
+def test_weights_that_cannot_know_heads_are_said_to_be_such_on_the_screen_and_in_the_file(
+    start: bool, metadata: dict[str, str], said: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = DirectMHP(DirectMHPConfig(0.125))
+    if not start:
+        model.train()(torch.rand(2, 3, 64, 64))
+    metadata = {"image_size": "64", **metadata}
+    file = save_weights(tmp_path / "x.safetensors", model.state_dict(), system="direct_mhp", config=model.config, metadata=metadata)
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    assert run(["detection", "head-pose", str(tmp_path / "a.png"), "-o", str(tmp_path), "--checkpoint", str(file), "--device", "cpu"]) == 0
+    warned, written = capsys.readouterr().err, json.loads((tmp_path / "a.json").read_text())
+    assert ("warning:" in warned) == ("warning" in written) == (said is not None)
+    assert said is None or (said in warned and said in written["warning"])
+    top = np.asarray(Image.open(tmp_path / "a.jpg")).astype(int)[1, :, :].mean(0)
+    assert (top[0] > top[1] + 60) == (said is not None)  # a red strip across the picture
+
+
 def test_without_weights_and_with_wrong_ones_it_is_said_what_to_do(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     for options, message in (

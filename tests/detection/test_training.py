@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from foveal.detection.data.labels import read_labels
 from foveal.detection.data.sets import DetectionData, LabelledSet
 from foveal.detection.evaluate import evaluate
 from foveal.detection.tasks.averaging import RampedAverage
-from foveal.detection.tasks.detection import start_from
+from foveal.detection.tasks.detection import DetectionTask, start_from
 from foveal.detection.tasks.export import export
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "detection"
@@ -86,10 +87,21 @@ def test_a_run_becomes_weights_that_the_detector_and_other_classes_take(shapes: 
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_ends_as_one_that_was_not(shapes: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_ends_as_one_that_was_not(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     common = ("--resume_point.every_n_steps", "1", "--data.augmentation", "{mosaic: 1.0}", "--data.close_mosaic", "1", "--trainer.max_epochs", "3")
     whole = FovealCLI("detection", _arguments("yolov13n_small", shapes, tmp_path / "whole", *common))
-    FovealCLI("detection", _arguments("yolov13n_small", shapes, tmp_path / "cut", *common, "--trainer.max_steps", "6"))
+    step = DetectionTask.training_step
+
+    def cut(self: DetectionTask, batch: dict[str, Any], index: int) -> torch.Tensor:
+        if self.global_step == 6:
+            raise ConnectionError("the power went out")
+        return step(self, batch, index)
+
+    # A limit of steps instead would also change the schedule, which ends where the steps do.
+    monkeypatch.setattr(DetectionTask, "training_step", cut)
+    with pytest.raises(ConnectionError):
+        FovealCLI("detection", _arguments("yolov13n_small", shapes, tmp_path / "cut", *common))
+    monkeypatch.setattr(DetectionTask, "training_step", step)
     resumed = FovealCLI("detection", _arguments("yolov13n_small", shapes, tmp_path / "cut", *common, "--ckpt_path", "last"))
     assert resumed.trainer.global_step == whole.trainer.global_step == 12
     for key, value in whole.model.state_dict().items():

@@ -101,6 +101,20 @@ def test_a_config_trains_two_batches(path, files, weights):
     assert torch.isfinite(cli.trainer.callback_metrics[config["best"]["monitor"]])
 
 
+def test_muon_has_every_map_between_channels_and_adam_every_other_parameter():
+    task = PotentialTask(EquiformerV3(EquiformerV3Config(**SMALL, max_elements=60)), matrix_learning_rate=0.02)
+    matrices, others = task._optimizer().param_groups
+    trained = [id(parameter) for group in (matrices, others) for parameter in group["params"]]
+    assert len(trained) == len(set(trained)) == len(list(task.network.parameters()))
+    names = {id(parameter): name for name, parameter in task.network.named_parameters()}
+    left = {names[id(parameter)].rpartition(".")[2] for parameter in others["params"] if parameter.dim() > 1 and min(parameter.shape) > 1}
+    tables = [parameter for parameter in others["params"] if parameter.dim() == 2 and parameter.shape[0] == 60]
+    assert left <= {"weight", "logit"}
+    assert all(names[id(one)].endswith(("embedding.weight", "source.weight", "target.weight")) for one in tables)
+    assert {id(task.network.blocks[0].attention.project.weight), id(task.network.energy[0].weight)} <= {id(one) for one in matrices["params"]}
+    assert id(task.network.energy[2].weight) not in {id(one) for one in matrices["params"]}, "a map to one number has no singular vectors to keep"
+
+
 def test_no_config_holds_a_path_of_one_machine():
     assert CONFIGS
     for config in CONFIGS:

@@ -110,6 +110,17 @@ def test_views_are_averaged_where_they_belong():
     torch.testing.assert_close(run_slices(neighbour, slices, views=("mirrored_width",)).softmax(0), (alone + turned) / 2)
 
 
+def test_the_command_takes_views_by_their_names(segmenter, scan, tmp_path, capsys):
+    weights = segmenter.save(tmp_path / "tiny.safetensors")
+    command = ["medical", "segment", str(scan), "--checkpoint", str(weights), "--no-pictures", "--probabilities", "-o"]
+    assert run([*command, str(tmp_path / "seen"), "--views", "shifted, mirrored_width"]) == 0
+    several = Segmenter(segmenter.network, segmenter.preparation, segmenter.class_names, "cpu", views=("shifted", "mirrored_width"))
+    (written,) = (tmp_path / "seen").glob("*_left_probability.nii.gz")
+    np.testing.assert_allclose(read_volume(written).voxels, several.probabilities(scan)[1], atol=1e-5)
+    assert run([*command, str(tmp_path / "turned"), "--views", "turned"]) == 2
+    assert "got turned" in capsys.readouterr().err
+
+
 def test_muon_turns_kernels_and_leaves_heads_and_norms_to_adam():
     task = SegmentationTask(GuidedAttentionNet(TINY), loss="guided", optimizer="muon")
     optimizer = task.configure_optimizers()

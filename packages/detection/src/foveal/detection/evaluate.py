@@ -17,9 +17,24 @@ from foveal.core.errors import UserError
 from foveal.core.files import atomic_write, output_folder
 from foveal.detection.data.labels import Labels, read_labels
 from foveal.detection.data.pictures import read_picture
-from foveal.detection.metrics import average_precision, coco_ground_truth, coco_predictions
+from foveal.detection.metrics import Kind, average_precision, coco_ground_truth, coco_keypoints, coco_masks, coco_predictions
 from foveal.detection.plots import draw_confusion, draw_precision_recall
 from foveal.detection.predict import Detections, Detector, Options
+
+
+@dataclass(frozen=True)
+class Scores:
+    """COCO's numbers of one kind of prediction.
+
+    Attributes:
+        numbers: twelve of masks, ten of keypoints.
+        classes: AP of each class.
+        predictions: as COCO's result files have them.
+    """
+
+    numbers: dict[str, float]
+    classes: dict[str, float]
+    predictions: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -27,11 +42,13 @@ class Evaluation:
     """How good a detector is.
 
     Attributes:
-        numbers: COCO's twelve.
+        numbers: COCO's twelve, of boxes.
         classes: AP of each class.
         curves: of each class, precision at the recalls 0, 0.01 ... 1, at an overlap of 0.5.
         confusion: objects there (rows) and found (columns), the last of each being nothing.
         predictions: as COCO's result files have them.
+        masks: the same of masks, if the network finds them and every object of the labels has one.
+        keypoints: the same of keypoints.
     """
 
     numbers: dict[str, float]
@@ -39,6 +56,8 @@ class Evaluation:
     curves: dict[str, Float[np.ndarray, " recalls"]]
     confusion: Float[np.ndarray, "true found"]
     predictions: list[dict[str, Any]]
+    masks: Scores | None = None
+    keypoints: Scores | None = None
 
 
 def evaluate(detector: Detector, labels: Labels, score: float = 0.25, progress: bool = False) -> Evaluation:
@@ -59,16 +78,42 @@ def evaluate(detector: Detector, labels: Labels, score: float = 0.25, progress: 
     numbers = dict(zip(labels.names, labels.numbers or range(len(labels.names)), strict=True))
     predictions: list[dict[str, Any]] = []
     confusion = np.zeros((len(labels.names) + 1, len(labels.names) + 1))
-    everything = Options(score=0.001, most=300, several=True)
+    everything = Options(score=0.001, most=300, several=True, run_lengths=True)
+    further = _further(detector, labels)
+    more: list[dict[str, Any]] = []
     for picture in track(labels.pictures, "measuring", console=Console(stderr=True), disable=not progress):
         found = detector.detect(read_picture(picture.path), everything)
         known = [row for row, name in enumerate(found.labels) if name in numbers]
-        predictions += coco_predictions(picture.number, found.boxes[known], found.scores[known], [numbers[found.labels[row]] for row in known])
+        scores, categories = found.scores[known], [numbers[found.labels[row]] for row in known]
+        predictions += coco_predictions(picture.number, found.boxes[known], scores, categories)
+        if further == "segm" and found.masks is not None:
+            more += coco_masks(picture.number, found.masks[known], scores, categories)
+        elif further == "keypoints" and found.keypoints is not None:
+            more += coco_keypoints(picture.number, found.keypoints[known], scores, categories)
         _confuse(confusion, picture.boxes, picture.classes, found, labels.names, score)
     truth = coco_ground_truth(labels)
     whole, classes = average_precision(truth, predictions)
     curves = {name: _curve(labels, predictions, numbers[name], position) for position, name in enumerate(labels.names)}
-    return Evaluation(whole, classes, curves, confusion, predictions)
+    scored = None if further is None else Scores(*average_precision(coco_ground_truth(labels, further), more, further, labels.sigmas), more)
+    return Evaluation(
+        whole, classes, curves, confusion, predictions, scored if further == "segm" else None, scored if further == "keypoints" else None
+    )
+
+
+def _further(detector: Detector, labels: Labels) -> Kind | None:
+    """What can be measured besides boxes: what the network finds, and every object of the labels has."""
+    task, pictures = detector.model.config.task, [picture for picture in labels.pictures if len(picture.boxes)]
+    if task == "segment" and all(len(picture.masks) == len(picture.boxes) for picture in pictures):
+        return "segm"
+    if task == "pose" and all(picture.keypoints is not None for picture in pictures):
+        wanted = detector.model.config.keypoints[0]
+        other = next(
+            (picture.keypoints.shape[1] for picture in pictures if picture.keypoints is not None and picture.keypoints.shape[1] != wanted), None
+        )
+        if other is not None:
+            raise UserError(f"expected labels of {wanted} keypoints, as the detector finds; got {other}")
+        return "keypoints"
+    return None
 
 
 def overlaps(first: Float[np.ndarray, "n 4"], second: Float[np.ndarray, "m 4"]) -> Float[np.ndarray, "n m"]:
@@ -146,12 +191,18 @@ def evaluate_command(
         UserError: no such data, or classes that the detector does not know.
     """
     labels = read_labels(source, split, images=images)
-    written = ("metrics.json", "predictions.json", "precision_recall.png", "confusion.png")
-    folder = output_folder("evaluated" if output is None else output, overwrite, written)
     detector = Detector.from_pretrained(checkpoint, image_size=image_size, device=device)
+    further = {"segm": "predictions_masks.json", "keypoints": "predictions_keypoints.json"}.get(_further(detector, labels) or "")
+    written = ("metrics.json", "predictions.json", *([further] if further else []), "precision_recall.png", "confusion.png")
+    folder = output_folder("evaluated" if output is None else output, overwrite, written)
     found = evaluate(detector, labels, score, progress=sys.stderr.isatty())
-    summary = {"pictures": len(labels.pictures), "objects": labels.objects, **found.numbers, "classes": found.classes}
-    for name, content in (("metrics.json", summary), ("predictions.json", found.predictions)):
+    summary: dict[str, Any] = {"pictures": len(labels.pictures), "objects": labels.objects, **found.numbers, "classes": found.classes}
+    files: dict[str, Any] = {"metrics.json": summary, "predictions.json": found.predictions}
+    measured = {name: scores for name, scores in (("masks", found.masks), ("keypoints", found.keypoints)) if scores is not None}
+    for name, scores in measured.items():
+        summary[name] = {**scores.numbers, "classes": scores.classes}
+        files[f"predictions_{name}.json"] = scores.predictions
+    for name, content in files.items():
         with atomic_write(folder / name) as temporary:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
     for name, figure in (
@@ -162,9 +213,18 @@ def evaluate_command(
             figure.savefig(temporary, dpi=120)
     if as_json:
         print(json.dumps(summary, indent=1))
-    else:
-        print(f"{len(labels.pictures)} pictures, {labels.objects} objects")
-        print("  ".join(f"{name} {found.numbers[name]:.3f}" for name in ("AP", "AP50", "AP75", "AR100")))
-        print("  ".join(f"{name} {value:.3f}" for name, value in found.classes.items()))
-        print(", ".join(str(folder / name) for name in written))
+        return 0
+    print(f"{len(labels.pictures)} pictures, {labels.objects} objects")
+    _print_scores("", found.numbers, found.classes, ("AP", "AP50", "AP75", "AR100"))
+    for name, scores in measured.items():
+        _print_scores(f"{name}: ", scores.numbers, scores.classes, ("AP", "AP50", "AP75", "AR100" if name == "masks" else "AR"))
+    lacking = {"segment": "masks", "pose": "keypoints"}.get(detector.model.config.task)
+    if lacking and lacking not in measured:
+        print(f"{lacking} are not measured: not every object of the labels has them")
+    print(", ".join(str(folder / name) for name in written))
     return 0
+
+
+def _print_scores(title: str, numbers: dict[str, float], classes: dict[str, float], shown: tuple[str, ...]) -> None:
+    print(title + "  ".join(f"{name} {numbers[name]:.3f}" for name in shown))
+    print(title + "  ".join(f"{name} {value:.3f}" for name, value in classes.items()))

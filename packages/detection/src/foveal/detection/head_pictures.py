@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 import matplotlib.figure
@@ -19,8 +20,14 @@ if TYPE_CHECKING:
 AXIS_COLOURS = ((230, 50, 50), (40, 170, 60), (40, 90, 255))
 
 
-def draw_heads(image: UInt8[np.ndarray, "height width 3"], found: Heads) -> UInt8[np.ndarray, "height width 3"]:
-    """A copy of the picture with a box for each head and its axes from the middle: red to its side, green to its chin, blue to its nose."""
+def draw_heads(image: UInt8[np.ndarray, "height width 3"], found: Heads, doubt: str | None = None) -> UInt8[np.ndarray, "height width 3"]:
+    """A copy of the picture with a box for each head and its axes from the middle: red to its side, green to its chin, blue to its nose.
+
+    Args:
+        image: upright.
+        found: what to draw.
+        doubt: why it is not to be trusted, written across the top.
+    """
     canvas = Image.fromarray(image).convert("RGB")
     pen = ImageDraw.Draw(canvas)
     shorter = min(canvas.size)
@@ -36,12 +43,17 @@ def draw_heads(image: UInt8[np.ndarray, "height width 3"], found: Heads) -> UInt
         for axis in np.argsort(turned[2]):
             tip = middle + length * turned[:2, axis]
             pen.line((*middle, *tip), fill=AXIS_COLOURS[axis], width=2 * width)
-        text = f"{score:.2f}  p {angles[0]:.0f}  y {angles[1]:.0f}  r {angles[2]:.0f}"
+        text = "  ".join((f"{score:.2f}", *(f"{name} {round(float(angle))}" for name, angle in zip("pyr", angles, strict=True))))
         bounds = pen.textbbox((0, 0), text, font=font)
         x = max(min(left, canvas.width - bounds[2] - 4), 0)
         y = top - bounds[3] - 3 if top > bounds[3] + 3 else bottom
         pen.rectangle((x, y, x + bounds[2] + 4, y + bounds[3] + 3), fill=(255, 255, 255))
         pen.text((x + 2, y + 1), text, fill="black", font=font)
+    if doubt:
+        lines = textwrap.fill(doubt, max(20, round(canvas.width / (0.55 * size))))
+        bounds = pen.multiline_textbbox((6, 4), lines, font=font)
+        pen.rectangle((0, 0, canvas.width, bounds[3] + 6), fill=(180, 20, 20))
+        pen.multiline_text((6, 4), lines, fill="white", font=font)
     return np.asarray(canvas)
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveal.core.checkpoint import load_weights
 from foveal.core.device import resolve_device
@@ -125,7 +125,12 @@ class HeadPoser:
         model: the network.
         image_size: side that pictures are made to fit, a multiple of 64.
         device: where it runs.
+
+    Attributes:
+        doubt: why its answers are not to be trusted, in a sentence; None where nothing is known against them.
     """
+
+    doubt: str | None = None
 
     def __init__(self, model: DirectMHP, image_size: int = 1280, device: torch.device | str = "cpu") -> None:
         if image_size < 64 or image_size % 64:
@@ -147,13 +152,20 @@ class HeadPoser:
         """
         if source is None:
             raise UserError(
-                "expected --checkpoint FILE: no weights of a DirectMHP come with this package; convert the authors' with "
-                "foveal detection convert direct_mhp, or train with configs/detection/direct_mhp_small.yaml"
+                "expected --checkpoint FILE: no weights of a DirectMHP come with this package; convert the authors' (github.com/hnuzhy/DirectMHP) "
+                "with foveal detection convert direct_mhp, or train with configs/detection/direct_mhp_small.yaml"
             )
         metadata = load_weights(source, "direct_mhp").metadata
         model = model_from_weights(source, "direct_mhp")
         assert isinstance(model, DirectMHP)
-        return cls(model, image_size or int(metadata.get("image_size", 1280)), resolve_device(device))
+        poser = cls(model, image_size or int(metadata.get("image_size", 1280)), resolve_device(device))
+        if _never_trained(model):
+            poser.doubt = f"the weights in {source} are as they were drawn at random: no training has touched them, and what they find means nothing"
+        elif metadata.get("learned_from") == "drawn heads":
+            poser.doubt = (
+                f"the weights in {source} learned from drawn heads alone: in photographs they find little, and their angles there mean nothing"
+            )
+        return poser
 
     def __call__(self, picture: str | Path | UInt8[np.ndarray, "height width 3"], score: float = 0.3, overlap: float = 0.45) -> Heads:
         """Heads of a picture.
@@ -174,6 +186,13 @@ class HeadPoser:
         with torch.no_grad():
             said = self.model(seen[None].contiguous(memory_format=torch.channels_last))
         return heads_of(said, 0, factor, padding, (image.shape[1], image.shape[0]), score, overlap)
+
+
+def _never_trained(model: nn.Module) -> bool:
+    """Whether no norm has seen anything: their means are all nought and their variances all one, as at the start."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    starts = [pair for module in norms for pair in ((module.running_mean, 0.0), (module.running_var, 1.0))]
+    return bool(norms) and all(values is None or bool((values == start).all()) for values, start in starts)
 
 
 def head_pose_command(
@@ -211,6 +230,8 @@ def head_pose_command(
         raise UserError(f"expected --score in 0..1 and --overlap in 0..1; got {score} and {overlap}")
     files = collect_inputs(sources, PICTURES)
     poser = HeadPoser.from_pretrained(checkpoint, image_size=image_size, device=device)
+    if poser.doubt:
+        print(f"warning: {poser.doubt}", file=sys.stderr)
     folder = output_folder("head_poses" if output is None else output)
     report, names = BatchReport(), result_names(files)
     for file in track(files, "looking", console=Console(stderr=True), disable=not sys.stderr.isatty()):
@@ -222,11 +243,13 @@ def head_pose_command(
         with report.item(file) as entry:
             image = read_picture(file)
             found = poser(image, score, overlap)
-            drawn = Image.fromarray(draw_heads(image, found))
+            drawn = Image.fromarray(draw_heads(image, found, poser.doubt))
             drawn.thumbnail((8192, 8192))
             with atomic_write(drawn_file) as temporary:
                 drawn.save(temporary, quality=92)
-            content = {"file": file.name, "width": found.size[0], "height": found.size[1], "heads": found.to_dicts()}
+            content: dict[str, Any] = {"file": file.name, "width": found.size[0], "height": found.size[1], "heads": found.to_dicts()}
+            if poser.doubt:
+                content["warning"] = poser.doubt
             with atomic_write(written_file) as temporary:
                 temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
             entry.outputs, entry.numbers["heads"] = outputs, len(found)

@@ -1,35 +1,68 @@
-"""Average precision as COCO defines it, by pycocotools itself, of predictions in memory or in a file."""
+"""Average precision of boxes, masks and keypoints as COCO defines it, by pycocotools itself, of predictions in memory or in a file."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from pycocotools.cocoeval import COCOeval, Params
 
+from foveal.core.errors import UserError
 from foveal.detection.data.labels import Labels
 
 #: The twelve numbers of COCO, in its order.
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
+#: Its ten of keypoints.
+KEYPOINT_NAMES = ("AP", "AP50", "AP75", "AP_medium", "AP_large", "AR", "AR50", "AR75", "AR_medium", "AR_large")
+#: What predictions are compared by.
+Kind = Literal["bbox", "segm", "keypoints"]
+#: How much of its box an object fills where nothing says so: ultralytics' value, by which its own keypoints are measured.
+_FILLED = 0.53
 
 
-def coco_ground_truth(labels: Labels) -> dict[str, Any]:
-    """The labels as a COCO file has them: images, annotations and categories."""
+def coco_ground_truth(labels: Labels, kind: Kind = "bbox") -> dict[str, Any]:
+    """The labels as a COCO file has them: images, annotations and categories.
+
+    Args:
+        labels: of the pictures.
+        kind: what will be compared. Where the labels do not give an object's area it is for "bbox" the box's, for "segm" the mask's, and for
+            "keypoints" 0.53 of the box's.
+
+    Raises:
+        ValueError: masks or keypoints are asked for, and objects lack them.
+    """
     numbers = labels.numbers or list(range(len(labels.names)))
     annotations: list[dict[str, Any]] = []
     for picture in labels.pictures:
-        groups = ((picture.boxes, picture.classes, 0), (picture.ignored, picture.ignored_classes, 1))
-        for boxes, classes, crowd in groups:
-            for box, kind in zip(boxes, classes, strict=True):
+        if (kind == "segm" and len(picture.masks) != len(picture.boxes)) or (
+            kind == "keypoints" and len(picture.boxes) and picture.keypoints is None
+        ):
+            raise ValueError(f"{kind} of every object are needed; {picture.path} has boxes alone")
+        groups = (
+            (picture.boxes, picture.classes, picture.areas, picture.masks, picture.keypoints, 0),
+            (picture.ignored, picture.ignored_classes, None, picture.ignored_masks, None, 1),
+        )
+        for boxes, classes, areas, masks, keypoints, crowd in groups:
+            for row, (box, category) in enumerate(zip(boxes, classes, strict=True)):
                 width, height = float(box[2] - box[0]), float(box[3] - box[1])
-                annotations.append({
-                    "id": len(annotations) + 1, "image_id": picture.number, "category_id": numbers[kind],
+                entry: dict[str, Any] = {
+                    "id": len(annotations) + 1, "image_id": picture.number, "category_id": numbers[category],
                     "bbox": [float(box[0]), float(box[1]), width, height], "area": width * height, "iscrowd": crowd,
-                })  # fmt: skip
+                }  # fmt: skip
+                if kind == "segm":
+                    entry["segmentation"] = masks[row] if len(masks) == len(boxes) else [_polygon(box)]
+                    entry["area"] = _area(entry["segmentation"], picture.size)
+                elif kind == "keypoints":
+                    entry |= _keypoints(keypoints[row] if keypoints is not None else np.zeros((1, 3)))
+                    entry["area"] *= _FILLED
+                if areas is not None and np.isfinite(areas[row]):
+                    entry["area"] = float(areas[row])
+                annotations.append(entry)
     return {
         "info": {},
         "images": [
@@ -38,6 +71,25 @@ def coco_ground_truth(labels: Labels) -> dict[str, Any]:
         "annotations": annotations,
         "categories": [{"id": number, "name": name} for number, name in zip(numbers, labels.names, strict=True)],
     }
+
+
+def _polygon(box: np.ndarray) -> list[float]:
+    left, top, right, bottom = (float(value) for value in box)
+    return [left, top, right, top, right, bottom, left, bottom]
+
+
+def _area(mask: Any, size: tuple[int, int]) -> float:
+    """Pixels of a mask as COCO has it."""
+    if isinstance(mask, list):
+        return float(run_lengths.area(run_lengths.merge(run_lengths.frPyObjects(mask, size[1], size[0]))))
+    return float(run_lengths.area(run_lengths.frPyObjects(mask, size[1], size[0]) if isinstance(mask["counts"], list) else mask))
+
+
+def _keypoints(points: np.ndarray) -> dict[str, Any]:
+    """x, y and visibility one after the other. Labels without visibility say by a negative number that a point is not labelled."""
+    seen = points[:, 2] if points.shape[1] == 3 else np.where((points < 0).any(1), 0.0, 2.0)
+    numbers = np.column_stack((points[:, :2], seen)) * (seen > 0)[:, None]
+    return {"keypoints": numbers.ravel().tolist(), "num_keypoints": int((seen > 0).sum())}
 
 
 def coco_predictions(number: int, boxes: np.ndarray, scores: np.ndarray, categories: Sequence[int]) -> list[dict[str, Any]]:
@@ -53,25 +105,57 @@ def coco_predictions(number: int, boxes: np.ndarray, scores: np.ndarray, categor
     ]
 
 
+def coco_masks(number: int, masks: Iterable[Any], scores: np.ndarray, categories: Sequence[int]) -> list[dict[str, Any]]:
+    """Masks found in picture `number` as COCO's result files have them; `masks` are arrays (height, width) or run lengths."""
+    return [
+        {
+            "image_id": number, "category_id": int(category), "score": float(score),
+            "segmentation": encoded(mask) if isinstance(mask, np.ndarray) else mask,
+        }
+        for mask, score, category in zip(masks, scores, categories, strict=True)
+    ]  # fmt: skip
+
+
+def encoded(mask: np.ndarray) -> dict[str, Any]:
+    """A mask (height, width) as COCO's run lengths, fit for JSON."""
+    found: Any = run_lengths.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(value) for value in found["size"]], "counts": found["counts"].decode("ascii")}
+
+
+def coco_keypoints(number: int, keypoints: np.ndarray, scores: np.ndarray, categories: Sequence[int]) -> list[dict[str, Any]]:
+    """Keypoints (objects, keypoints, 2 or 3) found in picture `number` as COCO's result files have them."""
+    found = np.concatenate((keypoints[..., :2], keypoints[..., 2:] if keypoints.shape[2] == 3 else np.ones((*keypoints.shape[:2], 1))), 2)
+    return [
+        {"image_id": number, "category_id": int(category), "score": float(score), "keypoints": points.astype(float).ravel().tolist()}
+        for points, score, category in zip(found, scores, categories, strict=True)
+    ]
+
+
 def average_precision(
-    truth: dict[str, Any], predictions: list[dict[str, Any]], kind: Literal["bbox", "segm"] = "bbox"
+    truth: dict[str, Any], predictions: list[dict[str, Any]], kind: Kind = "bbox", sigmas: Sequence[float] | None = None
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """COCO's twelve numbers, and the AP of each class by its name; -1 where there is nothing to find.
+    """COCO's twelve numbers, ten of keypoints, and the AP of each class by its name; -1 where there is nothing to find.
 
     Args:
-        truth: as `coco_ground_truth` gives it.
-        predictions: as `coco_predictions` gives them, of all pictures; for masks with ``segmentation`` in place of ``bbox``.
-        kind: "bbox" compares boxes, "segm" masks.
+        truth: as `coco_ground_truth` gives it for this kind.
+        predictions: of all pictures, as `coco_predictions`, `coco_masks` or `coco_keypoints` give them.
+        kind: "bbox" compares boxes and "segm" masks by what they share, "keypoints" keypoints by COCO's similarity (OKS).
+        sigmas: of the keypoints; by default COCO's where they are its 17, else 1 / keypoints for each, as ultralytics has it.
     """
+    names = KEYPOINT_NAMES if kind == "keypoints" else NAMES
     if not predictions:
-        asked = {annotation["category_id"] for annotation in truth["annotations"]}
-        names = {category["id"]: category["name"] for category in truth["categories"]}
-        return dict.fromkeys(NAMES, 0.0 if asked else -1.0), {name: (0.0 if number in asked else -1.0) for number, name in names.items()}
+        asked = {
+            annotation["category_id"] for annotation in truth["annotations"] if annotation.get("num_keypoints", 1) and not annotation.get("iscrowd")
+        }
+        listed = {category["id"]: category["name"] for category in truth["categories"]}
+        return dict.fromkeys(names, 0.0 if asked else -1.0), {name: (0.0 if number in asked else -1.0) for number, name in listed.items()}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its steps
         reference = COCO()
         reference.dataset = truth
         reference.createIndex()
-        evaluation = COCOeval(reference, reference.loadRes(predictions), kind)
+        evaluation = COCOeval(reference, reference.loadRes([dict(entry) for entry in predictions]), kind)  # it writes into what it is given
+        if kind == "keypoints":
+            evaluation.params.kpt_oks_sigmas = _sigmas(sigmas, len(predictions[0]["keypoints"]) // 3)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -83,4 +167,13 @@ def average_precision(
         values = precision[:, :, position]
         values = values[values > -1]
         classes[by_number[number]] = float(values.mean()) if values.size else -1.0
-    return dict(zip(NAMES, map(float, evaluation.stats), strict=True)), classes
+    return dict(zip(names, map(float, evaluation.stats), strict=True)), classes
+
+
+def _sigmas(given: Sequence[float] | None, count: int) -> np.ndarray:
+    if given:
+        if len(given) != count:
+            raise UserError(f"expected a sigma for each of the {count} keypoints; got {len(given)}; correct kpt_sigmas of the data")
+        return np.asarray(given, dtype=float)
+    published = Params("keypoints").kpt_oks_sigmas
+    return published if count == len(published) else np.full(count, 1 / count)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from foveal.detection.models.heads import masks_of
 
 #: Boxes that go into the suppression at most.
 _CANDIDATES = 30_000
 #: Boxes of different classes are moved apart by this, more than any picture is wide.
 _APART = 100_000.0
+#: Masks that are brought to a picture's size at once.
+_MASKS = 16
 
 
 @dataclass(frozen=True)
@@ -130,3 +136,35 @@ def back_to_picture(boxes: Float[Tensor, "objects 4"], factor: float, padding: t
     shift = boxes.new_tensor([*padding, *padding])
     limit = boxes.new_tensor([*size, *size])
     return ((boxes - shift) / factor).clamp_min(0).minimum(limit)
+
+
+def masks_in_picture(
+    prototypes: Float[Tensor, "masks height width"],
+    coefficients: Float[Tensor, "objects masks"],
+    boxes: Float[Tensor, "objects 4"],
+    seen: tuple[int, int],
+    factor: float,
+    padding: tuple[int, int],
+    size: tuple[int, int],
+) -> Iterator[Bool[np.ndarray, "size_height size_width"]]:
+    """Masks of a picture's objects in its own pixels, a few at a time in memory. A mask ends with its box.
+
+    Args:
+        prototypes: of the picture.
+        coefficients: of the objects.
+        boxes: of the objects, corners in the picture's own pixels.
+        seen: height and width of what the network saw.
+        factor: that the picture was scaled by for it.
+        padding: on its left and top.
+        size: width and height of the picture.
+    """
+    rows, columns = round(size[1] * factor), round(size[0] * factor)
+    limits = boxes.round().int().tolist()
+    for start in range(0, len(boxes), _MASKS):
+        logits = masks_of(prototypes, coefficients[start : start + _MASKS], seen)
+        logits = logits[:, padding[1] : padding[1] + rows, padding[0] : padding[0] + columns]
+        whole = (F.interpolate(logits[None], (size[1], size[0]), mode="bilinear", align_corners=False)[0] > 0).cpu().numpy()
+        for mask, (left, top, right, bottom) in zip(whole, limits[start : start + _MASKS], strict=True):
+            own = np.zeros_like(mask)
+            own[top:bottom, left:right] = mask[top:bottom, left:right]
+            yield own

@@ -18,10 +18,10 @@ from foveal.core.device import resolve_device
 from foveal.core.errors import UserError
 from foveal.detection.checkpoints import model_from_weights
 from foveal.detection.data.pictures import read_picture
-from foveal.detection.models.heads import masks_of
+from foveal.detection.metrics import encoded
 from foveal.detection.models.inference import inference_form
 from foveal.detection.models.yolov13 import YOLOv13
-from foveal.detection.postprocess import Found, back_to_picture, letterbox, suppress
+from foveal.detection.postprocess import Found, back_to_picture, letterbox, masks_in_picture, suppress
 
 #: Where the package's own weights are.
 WEIGHTS = Path(__file__).parent / "weights"
@@ -40,7 +40,7 @@ class Detections:
         scores: from 0 to 1.
         classes: numbers.
         names: of all classes.
-        masks: True where the object is, if the network has masks.
+        masks: True where the object is, if the network has masks: (objects, height, width); with `Options.run_lengths` one dictionary an object.
         keypoints: x, y in pixels and, if the network has it, visibility.
         oriented: centre x, centre y, width, height in pixels and angle in radians.
     """
@@ -106,6 +106,7 @@ class Options:
         tile: side of the tiles that a large picture is cut into, in its own pixels; None looks at it as a whole.
         tile_overlap: share of a tile that its neighbour has too; objects larger than this can be cut.
         several: whether one place may be several classes at once, as COCO's evaluation has it.
+        run_lengths: whether masks are given as COCO's run lengths: hundreds of them in a large picture need no memory then. Not with tiles.
     """
 
     score: float = 0.25
@@ -115,6 +116,7 @@ class Options:
     tile: int | None = None
     tile_overlap: float = 0.25
     several: bool = False
+    run_lengths: bool = False
 
     def __post_init__(self) -> None:
         for name in ("score", "overlap"):
@@ -124,6 +126,8 @@ class Options:
             raise UserError(f"expected --most of at least 1; got {self.most}")
         if self.tile is not None and self.tile < 64:
             raise UserError(f"expected --tile of at least 64 pixels; got {self.tile}")
+        if self.tile is not None and self.run_lengths:
+            raise UserError("expected tiles or masks as run lengths; got both")
         if not 0 <= self.tile_overlap < 0.9:
             raise UserError(f"expected --tile-overlap from 0 to below 0.9; got {self.tile_overlap}")
 
@@ -217,10 +221,17 @@ class Detector:
             extra=None if said.extra is None else said.extra[0].float(), oriented=self.model.config.task == "oriented",
         )  # fmt: skip
         prototypes = None if said.prototypes is None else said.prototypes[0].float()
-        return self._in_picture(found, prototypes, factor, padding, (width, height), (image.shape[1], image.shape[2]))
+        return self._in_picture(found, prototypes, factor, padding, (width, height), (image.shape[1], image.shape[2]), options.run_lengths)
 
     def _in_picture(
-        self, found: Found, prototypes: Tensor | None, factor: float, padding: tuple[int, int], size: tuple[int, int], inner: tuple[int, int]
+        self,
+        found: Found,
+        prototypes: Tensor | None,
+        factor: float,
+        padding: tuple[int, int],
+        size: tuple[int, int],
+        inner: tuple[int, int],
+        run_lengths: bool = False,
     ) -> Detections:
         masks = keypoints = oriented = None
         boxes = found.boxes
@@ -236,14 +247,11 @@ class Detector:
         else:
             boxes = back_to_picture(boxes, factor, padding, size)
         if self.model.config.task == "segment" and prototypes is not None and found.extra is not None:
-            logits = masks_of(prototypes, found.extra, inner)[
-                :, padding[1] : inner[0] - padding[1] or None, padding[0] : inner[1] - padding[0] or None
-            ]
-            rows, columns = round(size[1] * factor), round(size[0] * factor)
-            whole = torch.nn.functional.interpolate(logits[None, :, :rows, :columns], (size[1], size[0]), mode="bilinear", align_corners=False)[0] > 0
-            masks = np.zeros(tuple(whole.shape), bool)
-            for row, (left, top, right, bottom) in enumerate(boxes.round().int().tolist()):  # a mask ends with its box
-                masks[row, top:bottom, left:right] = whole[row, top:bottom, left:right].cpu().numpy()
+            each = masks_in_picture(prototypes, found.extra, boxes, inner, factor, padding, size)
+            if run_lengths:
+                masks = np.array([encoded(mask) for mask in each], dtype=object)
+            else:
+                masks = np.stack(list(each)) if len(boxes) else np.zeros((0, size[1], size[0]), bool)
         if self.model.config.task == "pose" and found.extra is not None:
             points = found.extra.unflatten(1, self.model.config.keypoints).clone()
             points[..., :2] = (points[..., :2] - points.new_tensor(padding)) / factor

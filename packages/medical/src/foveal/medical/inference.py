@@ -33,6 +33,12 @@ def multiple_of(network: nn.Module) -> int:
     return 8 * config.stride if hasattr(config, "stride") else 16
 
 
+def check_views(views: Collection[str]) -> None:
+    """Refuse names of views that there are not."""
+    if unknown := sorted(set(views) - set(get_args(View))):
+        raise UserError(f"expected views of {', '.join(get_args(View))}, or none; got {', '.join(unknown)}")
+
+
 @torch.no_grad()
 def run_slices(
     network: nn.Module, slices: Float[Tensor, "slices channels height width"], batch: int = 16, device: torch.device | None = None,
@@ -52,8 +58,7 @@ def run_slices(
     Raises:
         UserError: a view that there is not.
     """
-    if unknown := sorted(set(views) - set(get_args(View))):
-        raise UserError(f"expected views of {', '.join(get_args(View))}; got {', '.join(unknown)}")
+    check_views(views)
     device = device or next(network.parameters()).device
     out = []
     for part in slices.split(batch):

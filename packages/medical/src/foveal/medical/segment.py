@@ -20,7 +20,7 @@ from foveal.core.errors import UserError
 from foveal.core.files import atomic_write, output_folder
 from foveal.core.reports import BatchReport
 from foveal.medical.checkpoints import model_from_weights
-from foveal.medical.inference import View, run_slices
+from foveal.medical.inference import View, check_views, run_slices
 from foveal.medical.metrics import dice_scores, hausdorff95, mean_known
 from foveal.medical.plots import attention_figure, overlay_figure
 from foveal.medical.preparation import Preparation
@@ -56,6 +56,7 @@ class Segmenter:
         self.device = device if isinstance(device, torch.device) else resolve_device(device)
         self.network, self.preparation = network.to(self.device).eval(), preparation
         self.class_names, self.sequences, self.views = tuple(class_names), tuple(sequences), tuple(views)
+        check_views(self.views)
         channels = getattr(getattr(network, "config", None), "channels", None)
         expected = preparation.channels * len(self.sequences)
         if channels is not None and channels != expected and expected != 1:

@@ -45,9 +45,12 @@ class LabelledPicture:
         size: width and height in pixels.
         boxes: left, top, right, bottom in pixels, (objects, 4).
         classes: number of each object's class, (objects,).
-        outlines: polygon of each object in pixels, (points, 2), where the labels have them; else empty.
+        outlines: polygon of each object in pixels, (points, 2), where the labels have them; else empty. Of several parts the longest.
+        masks: of each object, whole, as COCO has it: polygons or run lengths; empty where an object has none.
+        areas: pixels of each object as the labels have them; NaN where they do not say.
         keypoints: (objects, keypoints, 2 or 3) in pixels, where the labels have them.
-        ignored: boxes of crowds, which an evaluation neither asks for nor counts as wrong; (crowds, 4), with their classes in `ignored_classes`.
+        ignored: boxes of crowds, which an evaluation neither asks for nor counts as wrong; (crowds, 4), with their classes in `ignored_classes`
+            and their masks, where all have one, in `ignored_masks`.
         number: the picture's id in its data set.
     """
 
@@ -56,9 +59,12 @@ class LabelledPicture:
     boxes: np.ndarray
     classes: np.ndarray
     outlines: list[np.ndarray] = field(default_factory=list)
+    masks: list[Any] = field(default_factory=list)
+    areas: np.ndarray | None = None
     keypoints: np.ndarray | None = None
     ignored: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
     ignored_classes: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+    ignored_masks: list[Any] = field(default_factory=list)
     number: int = 0
 
 
@@ -72,6 +78,7 @@ class Labels:
         problems: what was wrong.
         numbers: of the classes in the source (COCO's category ids), in the order of `names`.
         flip: of keypoints: the number that each has in the mirror; empty if unknown.
+        sigmas: of keypoints: how far off annotators are, as a share of an object's size (COCO's sigmas); empty if the labels do not say.
     """
 
     names: list[str]
@@ -79,6 +86,7 @@ class Labels:
     problems: list[Problem] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
     flip: list[int] = field(default_factory=list)
+    sigmas: list[float] = field(default_factory=list)
 
     @property
     def objects(self) -> int:
@@ -163,6 +171,8 @@ class _Objects:
         self.boxes: list[np.ndarray] = []
         self.classes: list[int] = []
         self.outlines: list[np.ndarray] = []
+        self.masks: list[Any] = []
+        self.areas: list[float] = []
         self.keypoints: list[np.ndarray] = []
 
     def into(self, path: Path, size: tuple[int, int], number: int) -> LabelledPicture:
@@ -173,6 +183,8 @@ class _Objects:
             boxes=np.array(self.boxes, dtype=np.float64).reshape(-1, 4),
             classes=np.array(self.classes, dtype=int),
             outlines=self.outlines if whole else [],
+            masks=self.masks if len(self.masks) == len(self.boxes) else [],
+            areas=np.array(self.areas, dtype=np.float64) if len(self.areas) == len(self.boxes) else None,
             keypoints=np.stack(self.keypoints) if self.keypoints and len(self.keypoints) == len(self.boxes) else None,
             number=number,
         )
@@ -286,12 +298,13 @@ def _read_coco(file: Path, images: str | Path | None) -> Labels:
             )
         of_picture.setdefault(annotation.get("image_id"), []).append(annotation)
     labels = Labels(names, [], problems, numbers)
-    shapes = {len(category["keypoints"]) for category in categories if category.get("keypoints")}
+    posed = [category for category in categories if category.get("keypoints")]
+    labels.sigmas = [float(value) for value in posed[0].get("sigmas") or []] if posed else []
     for entry in listed:
         path = folder / entry["file_name"]
         size = _picture(path, problems, (entry["width"], entry["height"]) if "width" in entry and "height" in entry else None)
         if size is not None:
-            labels.pictures.append(_coco_picture(file, path, size, entry["id"], of_picture.get(entry["id"], []), index, problems, bool(shapes)))
+            labels.pictures.append(_coco_picture(file, path, size, entry["id"], of_picture.get(entry["id"], []), index, problems, bool(posed)))
     return labels
 
 
@@ -316,14 +329,19 @@ def _coco_picture(
         group = crowds if annotation.get("iscrowd") else objects
         group.boxes.append(inside)
         group.classes.append(index[annotation["category_id"]])
-        outline = annotation.get("segmentation")
-        if isinstance(outline, list) and outline and not annotation.get("iscrowd"):
-            group.outlines.append(max((np.array(part, dtype=np.float64).reshape(-1, 2) for part in outline if len(part) % 2 == 0), key=len))
+        group.areas.append(float(annotation.get("area") or math.nan))
+        mask = annotation.get("segmentation")
+        if isinstance(mask, list):
+            mask = [part for part in mask if isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0]
+        if mask:
+            group.masks.append(mask)
+        if mask and isinstance(mask, list):
+            group.outlines.append(max((np.array(part, dtype=np.float64).reshape(-1, 2) for part in mask), key=len))
         if posed and annotation.get("keypoints"):
             group.keypoints.append(np.array(annotation["keypoints"], dtype=np.float64).reshape(-1, 3))
     picture = objects.into(path, size, int(number))
     hidden = crowds.into(path, size, int(number))
-    picture.ignored, picture.ignored_classes = hidden.boxes, hidden.classes
+    picture.ignored, picture.ignored_classes, picture.ignored_masks = hidden.boxes, hidden.classes, hidden.masks
     _duplicates(picture, problems)
     return picture
 
@@ -350,6 +368,7 @@ def _read_yolo(file: Path, split: str) -> Labels:
     if not paths:
         raise UserError(f"expected pictures in part {split!r} of {file}; there are none; check its paths")
     labels = Labels(names, [], problems, list(range(len(names))), [int(value) for value in settings.get("flip_idx") or []])
+    labels.sigmas = [float(value) for value in settings.get("kpt_sigmas") or []]
     shape = settings.get("kpt_shape")
     for number, path in enumerate(paths):
         size = _picture(path, problems)
@@ -423,6 +442,7 @@ def _yolo_picture(
             objects.keypoints.append(keypoints)
         elif len(values) != 5:
             objects.outlines.append(points)
+            objects.masks.append([points.ravel().tolist()])
     picture = objects.into(path, size, number)
     _duplicates(picture, problems)
     return picture

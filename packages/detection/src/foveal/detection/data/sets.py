@@ -46,7 +46,7 @@ class LabelledSet(YOLODataset):
         if not labels.pictures:
             raise UserError("expected at least one labelled picture; there is none; run foveal detection check-data")
         needed = {"segment": "outlines", "oriented": "outlines", "pose": "keypoints"}.get(task)
-        lacking = [picture for picture in labels.pictures if len(picture.classes) and needed and not len(getattr(picture, needed) or ())]
+        lacking = [picture for picture in labels.pictures if needed and len(picture.classes) and not _has(getattr(picture, needed))]
         if lacking:
             raise UserError(f"expected {needed} of every object for task {task}; {lacking[0].path} has boxes alone; train with task detect")
         self._labels = labels
@@ -109,6 +109,10 @@ class LabelledSet(YOLODataset):
             "normalized": True,
             "bbox_format": "xywh",
         }
+
+
+def _has(values: list[np.ndarray] | np.ndarray | None) -> bool:
+    return values is not None and len(values) > 0
 
 
 class DetectionData(pl.LightningDataModule):

@@ -20,7 +20,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from jaxtyping import Float
-from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -30,6 +29,7 @@ from foveal.core.files import atomic_write
 from foveal.core.resumable import ResumableDataLoader
 from foveal.detection.data.pictures import PICTURES, read_picture
 from foveal.detection.data.projection import Crop, Scene, drawn_bag, drawn_crops, project, read_crops
+from foveal.detection.metrics import encoded
 from foveal.detection.models.sdanet_loss import Objects
 
 CLASSES = ("Baton", "Pliers", "Hammer", "Powerbank", "Scissors", "Wrench", "Gun", "Bullet", "Sprayer", "HandCuffs", "Knife", "Lighter")
@@ -157,16 +157,10 @@ class MadeScenes:
             for mask, label, box in zip(scene.masks, scene.labels, scene.boxes, strict=True):
                 annotations.append({
                     "id": len(annotations) + 1, "image_id": number, "category_id": label + 1, "area": int(mask.sum()), "iscrowd": 0,
-                    "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]], "segmentation": encode(mask),
+                    "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]], "segmentation": encoded(mask),
                 })  # fmt: skip
         categories = [{"id": number, "name": name} for number, name in zip(self.categories, self.names, strict=True)]
         return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
-
-
-def encode(mask: np.ndarray) -> dict[str, Any]:
-    """A mask in COCO's run lengths, as JSON can hold it."""
-    found = run_lengths.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": found["size"], "counts": found["counts"].decode()}
 
 
 class XRaySet(Dataset):

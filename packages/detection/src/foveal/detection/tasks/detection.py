@@ -18,15 +18,19 @@ from foveal.detection.checkpoints.compact import completed
 from foveal.detection.data.labels import Labels
 from foveal.detection.data.sets import DetectionData
 from foveal.detection.losses import DetectionLoss
-from foveal.detection.metrics import average_precision, coco_ground_truth, coco_predictions
+from foveal.detection.metrics import Kind, average_precision, coco_ground_truth, coco_keypoints, coco_masks, coco_predictions
 from foveal.detection.models.yolov13 import YOLOv13, YOLOv13Config
-from foveal.detection.postprocess import Found, suppress
+from foveal.detection.postprocess import Found, back_to_picture, masks_in_picture, suppress
+
+#: What a network of a task is measured by besides its boxes, and how that is called in the log.
+FURTHER: dict[str, tuple[Kind, str]] = {"segment": ("segm", "mask"), "pose": ("keypoints", "keypoint")}
 
 
 class DetectionTask(pl.LightningModule):
     """Trains and measures a YOLOv13.
 
-    Logged: ``train/<part of the loss>``, ``val/AP``, ``val/AP50``, ``val/AP75`` and so for ``test``, with the AP of every class.
+    Logged: ``train/<part of the loss>``, ``val/AP``, ``val/AP50``, ``val/AP75`` and so for ``test``, with the AP of every class. Of masks and
+    keypoints as well: ``val/mask_AP``, ``val/mask_AP50``, ``val/mask_AP75``, ``val/mask_AP_<class>``, and so ``val/keypoint_AP``.
 
     Args:
         config: of the network; its classes must be as many as the data's.
@@ -73,7 +77,7 @@ class DetectionTask(pl.LightningModule):
         self.optimizer_name, self.learning_rate, self.final_share = optimizer, learning_rate, final_share
         self.momentum, self.weight_decay = momentum, weight_decay
         self.warmup_epochs, self.warmup_bias_rate = warmup_epochs, warmup_bias_rate
-        self._found: list[dict[str, Any]] = []
+        self._found: dict[Kind, list[dict[str, Any]]] = {}
 
     # ------------------------------------------------------------------------------------------------------------------------------ training
 
@@ -160,7 +164,7 @@ class DetectionTask(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Nothing is found yet."""
-        self._found = []
+        self._found = {kind: [] for kind in self._kinds()}
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -178,34 +182,51 @@ class DetectionTask(pl.LightningModule):
             raise UserError(f"expected data of class foveal.detection.data.sets.DetectionData; got {type(data).__name__}")
         return data.labels("val" if self.trainer.state.fn == "validate" else part)
 
+    def _kinds(self) -> list[Kind]:
+        further = FURTHER.get(self.network.config.task)
+        return ["bbox", *([further[0]] if further else [])]
+
     def _collect(self, batch: dict[str, Any], labels: Labels) -> None:
-        """Boxes of every picture in its own pixels. Oriented boxes, masks and keypoints are measured by their upright boxes."""
-        found = self.network(_pixels(batch))
+        """Boxes, masks and keypoints of every picture in its own pixels. Oriented boxes are measured by the upright boxes of their sides' lengths."""
+        images = _pixels(batch)
+        found = self.network(images)
         pictures = {str(picture.path): picture for picture in labels.pictures}
         for row, file in enumerate(batch["im_file"]):
-            picture = pictures[file]
-            objects = suppress(found.decoded[row].float(), score=0.001, overlap=0.7, most=300, several=True)
+            number = pictures[file].number
+            extra = found.extra[row].float() if self.network.config.task in FURTHER else None
+            objects = suppress(found.decoded[row].float(), score=0.001, overlap=0.7, most=300, several=True, extra=extra)
             (height, width), factor_padding = batch["ori_shape"][row], batch["ratio_pad"][row]
             factor, padding = factor_padding[0][0], factor_padding[1]
-            boxes = objects.boxes - objects.boxes.new_tensor([*padding, *padding])
-            boxes = (boxes / factor).clamp_min(0).minimum(boxes.new_tensor([width, height, width, height])).cpu().numpy()
-            categories = [labels.numbers[int(number)] for number in objects.classes]
-            self._found += coco_predictions(picture.number, boxes, objects.scores.cpu().numpy(), categories)
+            boxes = back_to_picture(objects.boxes, factor, padding, (width, height))
+            scores, categories = objects.scores.cpu().numpy(), [labels.numbers[int(kind)] for kind in objects.classes]
+            self._found["bbox"] += coco_predictions(number, boxes.cpu().numpy(), scores, categories)
+            if "segm" in self._found:
+                assert objects.extra is not None
+                seen, whole_padding = (images.shape[2], images.shape[3]), (round(padding[0]), round(padding[1]))
+                masks = masks_in_picture(found.prototypes[row].float(), objects.extra, boxes, seen, factor, whole_padding, (width, height))
+                self._found["segm"] += coco_masks(number, masks, scores, categories)
+            if "keypoints" in self._found:
+                assert objects.extra is not None
+                points = objects.extra.unflatten(1, self.network.config.keypoints).clone()
+                points[..., :2] = (points[..., :2] - points.new_tensor(padding)) / factor
+                self._found["keypoints"] += coco_keypoints(number, points.cpu().numpy(), scores, categories)
 
     def _report(self, part: str) -> None:
         labels = self._labels(part)
-        found = self._found
-        if self.trainer.world_size > 1:
-            shares: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(shares, found)
-            # Lightning fills up the last processes' shares with pictures that others have too.
-            first = {prediction["image_id"]: rank for rank, share in reversed(list(enumerate(shares))) for prediction in share}
-            found = [prediction for rank, share in enumerate(shares) for prediction in share if first[prediction["image_id"]] == rank]
-        whole, classes = average_precision(coco_ground_truth(labels), found)
-        for name in ("AP", "AP50", "AP75"):
-            self.log(f"{part}/{name}", whole[name], prog_bar=name == "AP")
-        for name, value in classes.items():
-            self.log(f"{part}/AP_{name}", value)
+        prefixes = {"bbox": "", **{kind: f"{name}_" for kind, name in FURTHER.values()}}
+        for kind, own in self._found.items():
+            found = own
+            if self.trainer.world_size > 1:
+                shares: list[Any] = [None] * self.trainer.world_size
+                torch.distributed.all_gather_object(shares, found)
+                # Lightning fills up the last processes' shares with pictures that others have too.
+                first = {prediction["image_id"]: rank for rank, share in reversed(list(enumerate(shares))) for prediction in share}
+                found = [prediction for rank, share in enumerate(shares) for prediction in share if first[prediction["image_id"]] == rank]
+            whole, classes = average_precision(coco_ground_truth(labels, kind), found, kind, labels.sigmas)
+            for name in ("AP", "AP50", "AP75"):
+                self.log(f"{part}/{prefixes[kind]}{name}", whole[name], prog_bar=name == "AP")
+            for name, value in classes.items():
+                self.log(f"{part}/{prefixes[kind]}AP_{name}", value)
 
 
 def _pixels(batch: dict[str, Any]) -> Tensor:

@@ -55,7 +55,8 @@ def _segmenter(config: dict[str, Any], data: dict[str, Any], state: dict[str, Te
 def _head_poser(config: dict[str, Any], data: dict[str, Any], state: dict[str, Tensor]) -> _Trained:
     network = DirectMHP(DirectMHPConfig(**config))
     network.load_state_dict(state)
-    return _Trained("direct_mhp", network.config, network.state_dict(), {"image_size": str(data["image_size"])})
+    learned_from = "labelled pictures" if data.get("source") else "drawn heads"
+    return _Trained("direct_mhp", network.config, network.state_dict(), {"image_size": str(data["image_size"]), "learned_from": learned_from})
 
 
 _KINDS: dict[str, Callable[[dict[str, Any], dict[str, Any], dict[str, Tensor]], _Trained]] = {

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from foveal.core.errors import UserError
-from foveal.detection.data.xray import XRayBatch, XRayData, encode
-from foveal.detection.metrics import average_precision
+from foveal.detection.data.xray import XRayBatch, XRayData
+from foveal.detection.metrics import average_precision, encoded
 from foveal.detection.models.sdanet import SDANet, SDANetConfig, paste
 from foveal.detection.models.sdanet_loss import losses
 
@@ -91,7 +91,7 @@ class XRayTask(pl.LightningModule):
             for box, score, label, mask in zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist(), covered, strict=True):
                 entry = {"image_id": number, "category_id": categories[label], "score": score}
                 self._boxes.setdefault(split, []).append({**entry, "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]]})
-                self._masks.setdefault(split, []).append({**entry, "segmentation": encode(mask)})
+                self._masks.setdefault(split, []).append({**entry, "segmentation": encoded(mask)})
 
     @property
     def _data(self) -> XRayData:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from foveal.core.errors import UserError
 from foveal.core.muon import Muon
 from foveal.medical.data.slices import Scan
-from foveal.medical.inference import View, in_cpu_order, logits_of, run_slices
+from foveal.medical.inference import View, check_views, in_cpu_order, logits_of, run_slices
 from foveal.medical.losses import bce_dice_loss, guided_loss
 from foveal.medical.metrics import dice_scores, mean_known
 from foveal.medical.tasks.schedules import rising_then_cosine
@@ -64,6 +64,7 @@ class SegmentationTask(pl.LightningModule):
         super().__init__()
         if loss == "guided" and not hasattr(network, "forward_guided"):
             raise UserError(f"expected a GuidedAttentionNet for the guided loss; got {type(network).__name__}; set loss to dice_ce")
+        check_views(views)
         self.network, self.loss, self.dice_weight = network, loss, dice_weight
         self.optimizer, self.learning_rate, self.betas, self.weight_decay = optimizer, learning_rate, betas, weight_decay
         self.matrix_learning_rate = matrix_learning_rate

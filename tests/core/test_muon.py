@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from foveal.audio.models.tiger import TIGER, TIGERConfig
-from foveal.audio.tasks.separation import SeparationTask
 from foveal.core.muon import Muon, orthogonalised
 
 
@@ -67,15 +65,6 @@ def test_a_resumed_optimizer_goes_on_as_the_uninterrupted_one():
     assert torch.equal(whole[1], second[1])
 
 
-def test_every_parameter_of_the_network_is_trained_once():
-    task = SeparationTask(TIGER(TIGERConfig(channels=8, hidden_channels=8, blocks=1, heads=2)), matrix_learning_rate=0.01)
-    optimizer = task._optimizer()
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    assert len(trained) == len(set(trained)) == len(list(task.parameters()))
-    matrices, _ = optimizer.param_groups
-    assert {id(one) for one in matrices["params"]} == {id(module.weight) for module in task.modules() if isinstance(module, nn.Linear)}
-
-
 def test_a_convolutions_kernel_is_turned_as_the_matrix_of_outputs_and_all_else():
     torch.manual_seed(0)
     kernel, matrix = nn.Parameter(torch.zeros(6, 4, 3, 3)), nn.Parameter(torch.zeros(6, 36))
@@ -83,3 +72,25 @@ def test_a_convolutions_kernel_is_turned_as_the_matrix_of_outputs_and_all_else()
     matrix.grad = kernel.grad.reshape(6, 36)
     Muon([matrix], [], kernels=[kernel]).step()
     torch.testing.assert_close(kernel.reshape(6, 36), matrix)
+
+
+def test_a_stack_moves_as_its_matrices_would_and_those_of_one_shape_as_if_alone():
+    torch.manual_seed(0)
+    stack, alone = nn.Parameter(torch.randn(3, 6, 4)), nn.Parameter(torch.randn(6, 4))
+    single = [nn.Parameter(matrix.detach().clone()) for matrix in (*stack, alone)]
+    options = {"matrix_learning_rate": 0.05, "weight_decay": 0.1}
+    together, apart = Muon([stack, alone], [], **options), [Muon([matrix], [], **options) for matrix in single]
+    for _ in range(3):
+        stack.grad, alone.grad = torch.randn(3, 6, 4), torch.randn(6, 4)
+        together.step()
+        for matrix, optimizer, gradient in zip(single, apart, (*stack.grad, alone.grad), strict=True):
+            matrix.grad = gradient.clone()
+            optimizer.step()
+    torch.testing.assert_close(torch.cat((stack, alone.unsqueeze(0))), torch.stack(single))
+
+
+def test_decay_shrinks_matrices_by_its_share_of_the_rate():
+    matrix = nn.Parameter(torch.ones(4, 4))
+    matrix.grad = torch.zeros(4, 4)
+    Muon([matrix], [], matrix_learning_rate=0.1, weight_decay=0.5).step()
+    torch.testing.assert_close(matrix.detach(), torch.full((4, 4), 0.95))
