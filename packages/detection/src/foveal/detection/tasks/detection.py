@@ -150,8 +150,9 @@ class DetectionTask(pl.LightningModule):
             if parameter.dim() > 1 and parameter.shape[1] > 3 and len(parameter) >= 16 and id(parameter) not in answering
         }
         others = [parameter for parameter in parameters if id(parameter) not in kernels]
-        rates = {"matrix_learning_rate": self.matrix_learning_rate, "learning_rate": self.learning_rate, "momentum": self.momentum}
-        made = Muon([], others, weight_decay=self.weight_decay, kernels=kernels.values(), **rates)
+        made = Muon(
+            [], others, self.matrix_learning_rate, self.learning_rate, self.momentum, weight_decay=self.weight_decay, kernels=kernels.values()
+        )
         for group in made.param_groups:
             group["kind"] = "kernels" if group["matrices"] else "others"
         return made
