@@ -18,6 +18,7 @@ import statistics
 import time
 import warnings
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from foveal.detection.tasks.detection import DetectionTask
 DATA = Path(__file__).parents[2] / "shared" / "data" / "detection" / "bccd"
 RESULT = Path(__file__).parent / "results" / "blood_cells.json"
 NETWORKS = ("YOLOv13-N", "YOLO11n")
+OPTIMIZERS = ("adamw", "muon")
 
 
 class YOLO11n(nn.Module):
@@ -72,18 +74,18 @@ class Beside(DetectionTask):
             self.network = other.to(memory_format=torch.channels_last)
 
 
-def train(name: str, seed: int, epochs: int, image_size: int, folder: Path) -> dict[str, Any]:
+def train(name: str, optimizer: str, seed: int, epochs: int, image_size: int, folder: Path) -> dict[str, Any]:
     """Train one network, and measure it."""
     pl.seed_everything(seed, verbose=False)
     data = DetectionData(source=str(DATA), image_size=image_size, batch_size=4, seed=seed, augmentation={"mosaic": 0.0, "scale": 0.3, "flipud": 0.5})
     config = YOLOv13Config("n", classes=len(data.labels("train").names))
     rate = round(0.002 * 5 / (4 + config.classes), 6)  # what ultralytics chooses for small sets, of any network
-    task = Beside(name, config, optimizer="adamw", learning_rate=rate, momentum=0.9, weight_decay=0.0005, warmup_epochs=2.0)
-    run = folder / f"{name}_{seed}_{epochs}x{image_size}"
+    task = Beside(name, config, optimizer=optimizer, learning_rate=rate, momentum=0.9, weight_decay=0.0005, warmup_epochs=2.0)
+    run = folder / f"{name}_{optimizer}_{seed}_{epochs}x{image_size}"
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_epochs=epochs, limit_val_batches=0, gradient_clip_val=10.0, logger=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=run,
-        callbacks=[RampedAverage(decay=0.99, ramp=100), ResumePoint(every_n_steps=50, folder=str(run))], enable_checkpointing=False,
+        callbacks=[RampedAverage(decay=0.99, ramp=100), ResumePoint(every_n_steps=50, folder=str(run))],
     )  # fmt: skip
     last = run / "last.ckpt"
     start = time.process_time()
@@ -93,7 +95,8 @@ def train(name: str, seed: int, epochs: int, image_size: int, folder: Path) -> d
     network: Any = task.network.eval()
     found = evaluate(Detector(network, data.labels("train").names, image_size), labels)
     return {
-        "network": name, "seed": seed, "steps": trainer.global_step, "parameters": sum(value.numel() for value in network.parameters()),
+        "network": name, "optimizer": optimizer, "seed": seed, "steps": trainer.global_step,
+        "parameters": sum(value.numel() for value in network.parameters()),
         "cpu_seconds_of_this_process": round(seconds, 1), **{key: round(found.numbers[key], 4) for key in ("AP", "AP50", "AP75")},
         "classes": {key: round(value, 4) for key, value in found.classes.items()},
     }  # fmt: skip
@@ -105,30 +108,36 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS)
     parser.add_argument("--runs", type=Path, default=Path("runs") / "blood_cells", help="folder of the checkpoints")
     parser.add_argument("--output", type=Path, default=RESULT)
     asked = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     budget = {"epochs": asked.epochs, "image_size": asked.image_size, "batch_size": 4}
-    written: dict[str, Any] = json.loads(asked.output.read_text()) if asked.output.exists() else {}
-    runs = written.get("runs", []) if written.get("budget") == budget else []
-    for seed in asked.seeds:
-        for name in NETWORKS:
-            if any(run["network"] == name and run["seed"] == seed for run in runs):
-                continue
-            runs.append(train(name, seed, asked.epochs, asked.image_size, asked.runs))
-            print(json.dumps(runs[-1]), flush=True)
-            asked.output.write_text(json.dumps(report(runs, budget), indent=1) + "\n")
+    for seed, name, optimizer in product(asked.seeds, asked.networks, asked.optimizers):
+        if any((run["network"], run["optimizer"], run["seed"]) == (name, optimizer, seed) for run in measured(asked.output, budget)):
+            continue
+        found = train(name, optimizer, seed, asked.epochs, asked.image_size, asked.runs)
+        print(json.dumps(found), flush=True)
+        asked.output.write_text(json.dumps(report([*measured(asked.output, budget), found], budget), indent=1) + "\n")
+
+
+def measured(path: Path, budget: dict[str, Any]) -> list[dict[str, Any]]:
+    """The trainings of this budget that are in the file."""
+    written: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return written.get("runs", []) if written.get("budget") == budget else []
 
 
 def report(runs: list[dict[str, Any]], budget: dict[str, Any]) -> dict[str, Any]:
-    """The trainings, and of each network the mean over its seeds."""
+    """The trainings, and of each network and optimiser the mean over the seeds."""
     means = {}
-    for name in NETWORKS:
-        own = [run for run in runs if run["network"] == name]
+    for name, optimizer in product(NETWORKS, OPTIMIZERS):
+        own = [run for run in runs if (run["network"], run["optimizer"]) == (name, optimizer)]
         if own:
-            means[name] = {key: round(statistics.mean(run[key] for run in own), 4) for key in ("AP", "AP50", "AP75")} | {"seeds": len(own)}
+            figures = {key: round(statistics.mean(run[key] for run in own), 4) for key in ("AP", "AP50", "AP75")}
+            means[f"{name}, {optimizer}"] = figures | {"seeds": len(own)}
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine, "budget": budget, "means": means, "runs": runs}
 

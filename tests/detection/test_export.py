@@ -44,7 +44,7 @@ def test_masks_have_their_prototypes_beside_them(tmp_path: Path) -> None:
     assert names == ["decoded", "extra", "prototypes"]
 
 
-@pytest.mark.parametrize("task", ["segment", "pose", "oriented"])
+@pytest.mark.parametrize("task", ["segment", "pose"])
 def test_files_of_every_head_with_attention_in_them_answer_as_torch(tmp_path: Path, task: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)

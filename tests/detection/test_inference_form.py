@@ -19,8 +19,9 @@ from foveal.kernels.nn import HyperedgeAttention
 
 
 @pytest.mark.parametrize("scale", ["n", "s"])
-@pytest.mark.parametrize("gradient", [False, True], ids=["fused activations", "plain"])
-@pytest.mark.parametrize("form", [inference_form, graph_form])
+@pytest.mark.parametrize(
+    ("form", "gradient"), [(inference_form, False), (inference_form, True), (graph_form, False)], ids=["fused activations", "plain", "of files"]
+)
 def test_the_folded_network_gives_the_same_numbers(golden: Any, scale: str, gradient: bool, form: Any) -> None:
     reference = golden("yolov13")
     model = load_official("yolov13", reference.state(reference.about["state_dict"][scale]))

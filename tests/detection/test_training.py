@@ -65,6 +65,29 @@ def test_every_config_runs_for_two_batches(config: str, shapes: Path, tmp_path: 
     assert 0 <= float(cli.trainer.callback_metrics["val/AP"]) <= 1
 
 
+def test_muon_turns_the_weights_between_and_leaves_depthwise_kernels_and_answers_to_adam() -> None:
+    task = DetectionTask(YOLOv13Config("n", classes=2), optimizer="muon")
+    groups = task.configure_optimizers().param_groups
+    kinds = {id(parameter): group["kind"] for group in groups for parameter in group["params"]}
+    trained = dict(task.network.named_parameters())
+    trained.pop("head.bins")
+    assert sum(len(group["params"]) for group in groups) == len(kinds) == len(trained)
+    expected = {
+        "head.box.0.1.conv.weight": "kernels", "hyperace.first_branch.hypergraph.pre_head_proj.weight": "kernels",
+        "head.box.0.2.weight": "others", "head.score.0.2.weight": "others", "head.score.0.0.0.conv.weight": "others",
+        "head.box.0.0.norm.bias": "others",
+    }  # fmt: skip
+    assert {name: kinds[id(trained[name])] for name in expected} == expected
+
+
+def test_both_rates_of_muon_follow_the_schedule(shapes: Path, tmp_path: Path) -> None:
+    rates = ("--model.learning_rate", "0.002", "--model.matrix_learning_rate", "0.05")
+    cli = FovealCLI("detection", _arguments("yolov13n_small", shapes, tmp_path, *rates, "--trainer.fast_dev_run", "2"))
+    now = {group["kind"]: group["lr"] for group in cli.trainer.optimizers[0].param_groups}
+    assert 0 < now["others"] < 0.002
+    assert now["kernels"] == pytest.approx(25 * now["others"])
+
+
 def test_a_run_becomes_weights_that_the_detector_and_other_classes_take(shapes: Path, tmp_path: Path) -> None:
     cli = FovealCLI(
         "detection", _arguments("yolov13n_small", shapes, tmp_path, "--trainer.max_epochs", "2", "--trainer.check_val_every_n_epoch", "1")

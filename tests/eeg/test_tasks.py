@@ -10,6 +10,7 @@ import yaml
 
 from foveal.core.checkpoint import load_weights
 from foveal.core.errors import UserError
+from foveal.core.exporting import export_command
 from foveal.eeg.checkpoints import model_from_weights
 from foveal.eeg.data.windows import ArrayWindows, Splits, WindowsDataModule, collate
 from foveal.eeg.models.codebook import Codebook
@@ -17,7 +18,7 @@ from foveal.eeg.models.pointwise import group_norm, linear_add, linear_gelu
 from foveal.eeg.models.tfm_encoder import EncoderConfig, TFMEncoder
 from foveal.eeg.models.tfm_tokenizer import TFMTokenizer, TokenizerConfig
 from foveal.eeg.tasks.classification import ClassificationTask, MaskedTokenTask
-from foveal.eeg.tasks.export import export
+from foveal.eeg.tasks.export import _export_described, _options, export, of_run
 from foveal.eeg.tasks.schedules import share_of_rate
 from foveal.eeg.tasks.tokenizer import TokenizerTask
 
@@ -180,3 +181,25 @@ def test_a_trained_network_goes_into_a_file_with_what_its_users_need(tmp_path, t
     assert (tmp_path / "c.md").read_text(encoding="utf-8") == "# card\n"
     with pytest.raises(UserError, match="checkpoints folder of a run"):
         export(tmp_path / "nowhere.ckpt", tmp_path / "x.safetensors", {})
+
+
+def test_what_a_runs_config_says_of_its_data_is_exported_and_what_it_does_not_say_is_asked_for(tmp_path, capsys):
+    network = encoder(2)
+    described = {"class_path": "foveal.eeg.models.tfm_encoder.TFMEncoder", "init_args": {"config": vars(network.config)}}
+    model = {"init_args": {"network": described, "kind": "single_label", "tokenizer": "somewhere/t.safetensors"}}
+    data = {"init_args": {"root": "mine", "window": 3.0, "band": [0.5, 45.0], "classes": ["left", "right"]}}
+    settings = {"model": model, "data": data}
+    said = {"window_seconds": "3", "band": "0.5 45", "classes": "left|right", "kind": "single_label", "tokenizer": "t.safetensors"}
+    assert of_run(settings) == said
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": model, "data": {"init_args": {"root": "mine", "window": 3.0}}}))
+    torch.save(
+        {"state_dict": {f"network.{key}": value for key, value in network.state_dict().items()}, "global_step": 7}, run / "checkpoints/best.ckpt"
+    )
+    command = [str(run / "checkpoints" / "best.ckpt"), str(tmp_path / "c.safetensors")]
+    assert export_command(_export_described, "", _options, command) == 2
+    assert "expected --band and --classes" in capsys.readouterr().err
+    assert export_command(_export_described, "", _options, [*command, "--band", "1 30", "--classes", "a|b"]) == 0
+    header = load_weights(tmp_path / "c.safetensors").metadata
+    assert (header["window_seconds"], header["band"], header["classes"], header["tokenizer"]) == ("3", "1 30", "a|b", "t.safetensors")

@@ -54,7 +54,9 @@ def classify(
     files: Annotated[list[Path], typer.Argument(help="Recordings, or folders of them, as for tokenize.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: classes.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights of a classifier; default: the small trained one of the package.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Weights of its tokenizer; default: the file that the classifier names.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Weights of its tokenizer; default: the file that the classifier names, beside it or in the package.")
+    ] = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
     seed: Seed = 0,

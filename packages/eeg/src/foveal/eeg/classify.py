@@ -51,7 +51,7 @@ class Classifier:
     def from_pretrained(
         cls, source: str | Path | None = None, device: str | torch.device = "auto", tokenizer: str | Path | None = None
     ) -> Classifier:
-        """Load trained weights; the header names the classes and, unless `tokenizer` is given, the tokenizer's file beside it.
+        """Load trained weights; the header names the classes and, unless `tokenizer` is given, the tokenizer's file beside it or in the package.
 
         Raises:
             UserError: missing, corrupt or foreign weights, or a header without classes.
@@ -65,6 +65,8 @@ class Classifier:
         if "classes" not in header or ("tokenizer" not in header and tokenizer is None):
             raise UserError(f"expected classes and tokenizer in the header of {path}; export it again, or pass --tokenizer")
         place = Path(tokenizer) if tokenizer is not None else (path if path.is_dir() else path.parent) / header["tokenizer"]
+        if tokenizer is None and not place.exists() and (shipped := BUNDLED_CLASSIFIER.with_name(header["tokenizer"])).exists():
+            place = shipped
         made = Tokenizer.from_pretrained(place, device if not isinstance(device, str) else resolve_device(device))
         made.preparation = preparation_of(path)
         return cls(made, model, header["classes"].split("|"), header.get("kind", "single_label"))

@@ -10,6 +10,7 @@ import ase
 from ase.calculators.calculator import Calculator
 
 from foveal.core.files import collect_inputs, output_folder
+from foveal.core.memory import keep_freed_memory
 from foveal.core.reports import BatchReport, Entry
 from foveal.graphs3d.calculator import FovealCalculator
 from foveal.graphs3d.data.structures import SUFFIXES, read_structures
@@ -25,7 +26,10 @@ def calculator_of(checkpoint: Path | None, method: str | None, device: str, dtyp
     Raises:
         UserError: weights that cannot be loaded, or an unknown method.
     """
-    return labeller(method) if method is not None else FovealCalculator.from_pretrained(checkpoint, device=device, dtype=dtype)
+    if method is not None:
+        return labeller(method)
+    keep_freed_memory()
+    return FovealCalculator.from_pretrained(checkpoint, device=device, dtype=dtype)
 
 
 def name_of(checkpoint: Path | None, method: str | None) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from foveal.core.checkpoint import load_weights
 from foveal.core.errors import UserError
+from foveal.core.muon import Muon
 from foveal.detection.checkpoints.compact import completed
 from foveal.detection.data.labels import Labels
 from foveal.detection.data.sets import DetectionData
@@ -35,10 +36,11 @@ class DetectionTask(pl.LightningModule):
     Args:
         config: of the network; its classes must be as many as the data's.
         weights: file to start from. Layers of another shape, such as those of another number of classes, keep their random start.
-        optimizer: "sgd" or "adamw".
+        optimizer: "sgd", "adamw", or "muon": Muon for the weights between a first and a last layer of the network, Adam for all else.
         learning_rate: highest.
+        matrix_learning_rate: highest of Muon.
         final_share: last learning rate over the highest.
-        momentum: of SGD, and beta1 of AdamW, after the warm-up, which starts at 0.8 of SGD.
+        momentum: of SGD and Muon, and beta1 of AdamW, after the warm-up, which starts at 0.8 of SGD.
         weight_decay: of all but biases and norms.
         warmup_epochs: of the warm-up.
         warmup_bias_rate: learning rate that biases start with.
@@ -55,8 +57,9 @@ class DetectionTask(pl.LightningModule):
         self,
         config: YOLOv13Config,
         weights: str | None = None,
-        optimizer: Literal["sgd", "adamw"] = "sgd",
+        optimizer: Literal["sgd", "adamw", "muon"] = "sgd",
         learning_rate: float = 0.01,
+        matrix_learning_rate: float = 0.02,
         final_share: float = 0.01,
         momentum: float = 0.937,
         weight_decay: float = 5e-4,
@@ -75,7 +78,7 @@ class DetectionTask(pl.LightningModule):
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss = DetectionLoss(config, box, cls, dfl)
         self.optimizer_name, self.learning_rate, self.final_share = optimizer, learning_rate, final_share
-        self.momentum, self.weight_decay = momentum, weight_decay
+        self.matrix_learning_rate, self.momentum, self.weight_decay = matrix_learning_rate, momentum, weight_decay
         self.warmup_epochs, self.warmup_bias_rate = warmup_epochs, warmup_bias_rate
         self._found: dict[Kind, list[dict[str, Any]]] = {}
 
@@ -113,7 +116,9 @@ class DetectionTask(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Three groups: weights, which decay; norms' weights and biases, which do not."""
+        """Three groups: weights, which decay; norms' weights and biases, which do not. With Muon its kernels, which decay, and the others."""
+        if self.optimizer_name == "muon":
+            return self._muon()
         norms = {
             id(parameter)
             for module in self.network.modules()
@@ -135,6 +140,23 @@ class DetectionTask(pl.LightningModule):
             return torch.optim.AdamW(groups, self.learning_rate, (self.momentum, 0.999))
         return torch.optim.SGD(groups, self.learning_rate, self.momentum, nesterov=True)
 
+    def _muon(self) -> Muon:
+        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        # The layers that answer have biases where all others have norms. A depthwise kernel mixes no channels: it is no matrix.
+        answering = {id(module.weight) for module in self.network.modules() if isinstance(module, nn.Conv2d) and module.bias is not None}
+        kernels = {
+            id(parameter): parameter
+            for parameter in parameters
+            if parameter.dim() > 1 and parameter.shape[1] > 3 and len(parameter) >= 16 and id(parameter) not in answering
+        }
+        others = [parameter for parameter in parameters if id(parameter) not in kernels]
+        made = Muon(
+            [], others, self.matrix_learning_rate, self.learning_rate, self.momentum, weight_decay=self.weight_decay, kernels=kernels.values()
+        )
+        for group in made.param_groups:
+            group["kind"] = "kernels" if group["matrices"] else "others"
+        return made
+
     def _follow_schedule(self) -> None:
         """Rates and momentum of this step: a function of its number alone, so that a resumed run goes on the same way."""
         total = max(int(self.trainer.estimated_stepping_batches), 1)
@@ -144,7 +166,8 @@ class DetectionTask(pl.LightningModule):
         risen = min(self.global_step / warmup, 1.0) if warmup else 1.0
         for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
             start = self.warmup_bias_rate if group["kind"] == "biases" else 0.0
-            group["lr"] = start + (self.learning_rate * line - start) * risen
+            highest = self.matrix_learning_rate if group["kind"] == "kernels" else self.learning_rate
+            group["lr"] = start + (highest * line - start) * risen
             if "momentum" in group:
                 group["momentum"] = 0.8 + (self.momentum - 0.8) * risen
 

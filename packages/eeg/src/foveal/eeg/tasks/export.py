@@ -1,7 +1,8 @@
-"""Trained networks out of a run's checkpoint: ``python -m foveal.eeg.tasks.export RUN/checkpoints/best.ckpt OUT.safetensors --window 3``.
+"""Trained networks out of a run's checkpoint: ``python -m foveal.eeg.tasks.export RUN/checkpoints/best.ckpt OUT.safetensors``.
 
 The run's config.yaml, which lies beside the checkpoints folder, says what the network is. What a user's recordings have to be cut like (window,
-band, scale) and, of a classifier, the classes and the tokenizer go into the header, so that ``foveal eeg tokenize`` and ``classify`` know them.
+band, scale) and, of a classifier, the classes and the tokenizer go into the header, so that ``foveal eeg tokenize`` and ``classify`` know them;
+what the config does not say of these is an option.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from foveal.core.checkpoint import save_weights
+from foveal.core.errors import UserError
 from foveal.core.exporting import Kind, export_command, read_run
 from foveal.eeg.models.tfm_encoder import EncoderConfig, TFMEncoder
 from foveal.eeg.models.tfm_tokenizer import TFMTokenizer, TokenizerConfig
@@ -42,17 +45,37 @@ def export(checkpoint: str | Path, target: str | Path, metadata: dict[str, str],
     return save_weights(target, run.weights, system=system, config=config, card=card, dtype=dtype, metadata=about)
 
 
+def of_run(settings: dict[str, Any]) -> dict[str, str]:
+    """What a run's config itself says for the header: how its data cut recordings, and of a classifier its kind, tokenizer and classes."""
+    model, data = (settings[part].get("init_args") or {} for part in ("model", "data"))
+    band, classes, tokenizer = data.get("band"), data.get("classes"), model.get("tokenizer")
+    said = {
+        "window_seconds": data.get("window", data.get("seconds")),
+        "band": None if band is None else f"{band[0]:g} {band[1]:g}",
+        "scale": data.get("scale"),
+        "classes": None if classes is None else "|".join(classes),
+        "kind": model.get("kind"),
+        "tokenizer": None if tokenizer is None else Path(tokenizer).name,
+    }
+    return {key: f"{value:g}" if isinstance(value, float) else str(value) for key, value in said.items() if value is not None}
+
+
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--window", dest="window_seconds", required=True, help="seconds of a window")
-    parser.add_argument("--band", default="0.5 40", help="Hz of the band-pass, two numbers")
-    parser.add_argument("--scale", default="window", choices=["window", "recording"])
-    parser.add_argument("--classes", help="names of the classes, parted by |")
+    parser.add_argument("--window", dest="window_seconds", help="seconds of a window; default, as of the others: what the run's config says")
+    parser.add_argument("--band", help="Hz of the band-pass, two numbers, such as '0.5 40'")
+    parser.add_argument("--scale", choices=["window", "recording"])
+    parser.add_argument("--classes", help="names of the classes, parted by |, in the order of their numbers")
     parser.add_argument("--kind", choices=["single_label", "binary", "multi_label"])
     parser.add_argument("--tokenizer", help="file name of the tokenizer's weights, beside the classifier's")
 
 
-def _export_described(checkpoint: Path, target: Path, card: str | None, **about: str | None) -> Path:
-    return export(checkpoint, target, {key: value for key, value in about.items() if value is not None}, card)
+def _export_described(checkpoint: Path, target: Path, card: str | None, **given: str | None) -> Path:
+    about = {**of_run(read_run(checkpoint).settings), **{key: value for key, value in given.items() if value is not None}}
+    needed = {"window_seconds": "--window", "band": "--band", **({"classes": "--classes"} if "kind" in about else {})}
+    missing = [option for key, option in needed.items() if key not in about]
+    if missing:
+        raise UserError(f"expected {' and '.join(missing)}, which the run's config does not say; pass what its data were cut with")
+    return export(checkpoint, target, about, card)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ class PotentialTask(pl.LightningModule):
         self.started_from = str(bundled_weights()) if weights == "bundled" else weights
         self.network = _network(network, self.started_from)
         self.learning_rate, self.matrix_learning_rate = learning_rate, matrix_learning_rate
-        self.weight_decay, self.betas, self.eps = weight_decay, tuple(betas), eps
+        self.weight_decay, self.betas, self.eps = weight_decay, (betas[0], betas[1]), eps
         self.warmup, self.warmup_factor, self.final_rate = warmup, warmup_factor, final_rate
         self.loss_weights = {"energy": energy_weight, "forces": forces_weight, "stress": stress_weight, "denoising": denoising_weight}
         self.energy_per_atom, self.wanted_scale, self.fitted_references = energy_per_atom, scale, references
@@ -268,13 +268,12 @@ class PotentialTask(pl.LightningModule):
             matrices = [parameter for parameter in _matrices(self.network) if parameter.requires_grad]
             chosen = {id(parameter) for parameter in matrices}
             others = [parameter for parameter in parameters if id(parameter) not in chosen]
-            rates = {"matrix_learning_rate": self.matrix_learning_rate, "learning_rate": self.learning_rate}
-            return Muon(matrices, others, betas=self.betas, weight_decay=self.weight_decay, **rates)
+            return Muon(matrices, others, self.matrix_learning_rate, self.learning_rate, betas=self.betas, weight_decay=self.weight_decay)
         groups = [
             {"params": [parameter for parameter in parameters if id(parameter) not in plain], "weight_decay": self.weight_decay},
             {"params": [parameter for parameter in parameters if id(parameter) in plain], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps)  # type: ignore[arg-type]
+        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps)
 
     def _rate(self, step: int) -> float:
         # The trainer is asked each time: a resumed run may be told to end at another step.
@@ -293,7 +292,7 @@ def _undecayed(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in module.named_parameters(recurse=False) if everything or name == "bias"]
 
 
-def _matrices(network: EquiformerV3) -> list[nn.Parameter]:
+def _matrices(network: EquiformerV3) -> list[Tensor]:
     """Maps between channels; one to or from a single number is no matrix."""
     maps = [module.weight for module in network.modules() if isinstance(module, (nn.Linear, DegreeLinear))]
     return [weight for weight in maps if min(weight.shape[-2:]) > 1]
