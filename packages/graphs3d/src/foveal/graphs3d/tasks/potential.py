@@ -269,7 +269,7 @@ class PotentialTask(pl.LightningModule):
             chosen = {id(parameter) for parameter in matrices}
             others = [parameter for parameter in parameters if id(parameter) not in chosen]
             rates = {"matrix_learning_rate": self.matrix_learning_rate, "learning_rate": self.learning_rate}
-            return Muon(matrices, others, betas=self.betas, weight_decay=self.weight_decay, **rates)
+            return Muon(matrices, others, betas=(self.betas[0], self.betas[1]), weight_decay=self.weight_decay, **rates)
         groups = [
             {"params": [parameter for parameter in parameters if id(parameter) not in plain], "weight_decay": self.weight_decay},
             {"params": [parameter for parameter in parameters if id(parameter) in plain], "weight_decay": 0.0},
@@ -293,7 +293,7 @@ def _undecayed(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in module.named_parameters(recurse=False) if everything or name == "bias"]
 
 
-def _matrices(network: EquiformerV3) -> list[nn.Parameter]:
+def _matrices(network: EquiformerV3) -> list[Tensor]:
     """Maps between channels; one to or from a single number is no matrix."""
     maps = [module.weight for module in network.modules() if isinstance(module, (nn.Linear, DegreeLinear))]
     return [weight for weight in maps if min(weight.shape[-2:]) > 1]
