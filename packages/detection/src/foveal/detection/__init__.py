@@ -9,8 +9,9 @@ Names are loaded when first asked for, so that the command line's help need not 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from foveal.core.faces import loaded_when_asked
 
 if TYPE_CHECKING:
     from foveal.detection.checkpoints import load_official, systems, to_official
@@ -29,14 +30,4 @@ _HOME = {
     "to_official": "checkpoints",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = loaded_when_asked(__name__, _HOME)

@@ -194,7 +194,7 @@ def dynamics_command(
             trajectory, table, picture = (target.with_name(f"{prefix}_md.{suffix}") for suffix in ("traj", "csv", "png"))
             with atomic_write(trajectory) as temporary:
                 ase.io.write(temporary, run.frames)
-            with atomic_write(table) as temporary, temporary.open("w", newline="") as stream:
+            with atomic_write(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
                 writer = csv.writer(stream)
                 writer.writerow(COLUMNS)
                 writer.writerows([f"{value:.8g}" if place != 3 else f"{value:.8f}" for place, value in enumerate(row)] for row in run.rows)
@@ -206,7 +206,9 @@ def dynamics_command(
                 one |= {"drift meV/atom/ps": run.drift, "fluctuation meV/atom": run.fluctuation}
             summary.append(one)
         with atomic_write(target) as temporary:
-            temporary.write_text(json.dumps({"potential": name, "ensemble": ensemble, "timestep fs": timestep, "runs": summary}, indent=2))
+            temporary.write_text(
+                json.dumps({"potential": name, "ensemble": ensemble, "timestep fs": timestep, "runs": summary}, indent=2), encoding="utf-8"
+            )
         entry.outputs.append(str(target))
         entry.numbers = {key: float(np.mean([one[key] for one in summary])) for key in summary[0] if key not in ("structure", "atoms")}
         if ensemble == "nve":

@@ -161,7 +161,7 @@ def eos_command(
             fit = equation_of_state(atoms, calculator, span, points, relax_atoms, equation)
             prefix = stem if len(structures) == 1 else f"{stem}_{index}"
             table, picture = target.with_name(f"{prefix}_eos.csv"), target.with_name(f"{prefix}_eos.png")
-            with atomic_write(table) as temporary, temporary.open("w", newline="") as stream:
+            with atomic_write(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
                 writer = csv.writer(stream)
                 writer.writerow(["volume A^3", "energy eV"])
                 writer.writerows([f"{volume:.6f}", f"{energy:.8f}"] for volume, energy in zip(fit.volumes, fit.energies, strict=True))
@@ -179,7 +179,7 @@ def eos_command(
                 }
             )
         with atomic_write(target) as temporary:
-            temporary.write_text(json.dumps({"equation": equation, "structures": summary}, indent=2))
+            temporary.write_text(json.dumps({"equation": equation, "structures": summary}, indent=2), encoding="utf-8")
         entry.outputs.append(str(target))
         if len(summary) == 1:
             entry.numbers = {name: float(value) for name, value in summary[0].items() if name not in ("structure", "atoms")}

@@ -107,12 +107,12 @@ def evaluate_command(
 def _write_errors(stem: Path, rows: Sequence[Mapping[str, float]], pairs: Pairs) -> list[str]:
     table, summary, picture = (stem.with_name(f"{stem.name}_{ending}") for ending in ("errors.csv", "errors.json", "parity.png"))
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with atomic_write(table) as temporary, temporary.open("w", newline="") as stream:
+    with atomic_write(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, columns)
         writer.writeheader()
         writer.writerows(rows)
     with atomic_write(summary) as temporary:
-        temporary.write_text(json.dumps(errors_of(pairs), indent=2))
+        temporary.write_text(json.dumps(errors_of(pairs), indent=2), encoding="utf-8")
     with atomic_write(picture) as temporary:
         draw_parity(pairs, UNITS).savefig(temporary, dpi=150)
     return [str(table), str(summary), str(picture)]

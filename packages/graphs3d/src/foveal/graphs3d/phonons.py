@@ -238,14 +238,14 @@ def phonons_command(
         with atomic_write(geometry) as temporary:
             ase.io.write(temporary, atoms, format="extxyz")
         with atomic_write(target) as temporary:
-            temporary.write_text(json.dumps(about, indent=2))
+            temporary.write_text(json.dumps(about, indent=2), encoding="utf-8")
         entry.outputs = [str(path) for path in (target, table, picture, geometry)]
         entry.numbers = {name: float(value) for name, value in about.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
         entry.message = "" if len(structures) == 1 else f"the first of {len(structures)} structures"
 
     def _crystal(atoms: ase.Atoms, table: Path, picture: Path) -> dict[str, Any]:
         bands = crystal_phonons(atoms, calculator, supercell, displacement)
-        with atomic_write(table) as temporary, temporary.open("w", newline="") as stream:
+        with atomic_write(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
             writer.writerow(["distance", *(f"band {band} THz" for band in range(1, bands.frequencies[0].shape[1] + 1))])
             for distances, rows in zip(bands.distances, bands.frequencies, strict=True):
@@ -268,7 +268,7 @@ def phonons_command(
         # Sorted by ASE from imaginary to real; of the zero modes of the whole molecule both kinds occur.
         values = 1000 * np.where(abs(energies.imag) > abs(energies.real), -abs(energies.imag), energies.real)
         wavenumbers = values / 1000 / units.invcm
-        with atomic_write(table) as temporary, temporary.open("w", newline="") as stream:
+        with atomic_write(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
             writer.writerow(["mode", "energy meV", "wavenumber 1/cm"])
             writer.writerows([index, f"{value:.4f}", f"{wave:.3f}"] for index, (value, wave) in enumerate(zip(values, wavenumbers, strict=True)))

@@ -164,7 +164,7 @@ def _drawn(scene: Scene, seed: int) -> list[Question]:
 
 
 def _write(targets: list[Path], answered: list[tuple[Scene, Answered]], entry: Entry, print_answers: bool) -> None:
-    with atomic_write(targets[0]) as temporary, temporary.open("w", newline="") as file:
+    with atomic_write(targets[0]) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["scene", "question", "by_boxes", "by_boxes_class", "by_network", "by_network_class", "probability"])
         for scene, one in answered:

@@ -172,7 +172,7 @@ def relax_command(
         trajectory, table, picture = (target.with_name(f"{stem}_{ending}") for ending in ("relaxation.traj", "relaxation.csv", "relaxation.png"))
         with atomic_write(trajectory) as temporary:
             ase.io.write(temporary, [frame for run in runs for frame in run.frames])
-        with atomic_write(table) as temporary, temporary.open("w", newline="") as stream:
+        with atomic_write(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
             writer.writerow(["structure", "step", "energy eV", "largest force eV/A"])
             for index, run in enumerate(runs):

@@ -8,8 +8,9 @@ Names are loaded when first asked for, so that the command line's help need not 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from foveal.core.faces import loaded_when_asked
 
 if TYPE_CHECKING:
     from foveal.medical.bag_classifier import BagClassifier, BagPrediction
@@ -118,14 +119,4 @@ _HOME = {
     "write_volume": "volumes",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = loaded_when_asked(__name__, _HOME)

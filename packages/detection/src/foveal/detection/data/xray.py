@@ -316,7 +316,7 @@ def write_scenes(scenes: MadeScenes, folder: str | Path) -> Path:
         with atomic_write(root / f"{number:06d}.png") as temporary:
             temporary.write_bytes(cv2.imencode(".png", pixels[..., ::-1])[1].tobytes())
     with atomic_write(root / "annotations.json") as temporary:
-        temporary.write_text(json.dumps(scenes.truth))
+        temporary.write_text(json.dumps(scenes.truth), encoding="utf-8")
     return root / "annotations.json"
 
 

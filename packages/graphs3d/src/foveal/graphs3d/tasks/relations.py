@@ -73,12 +73,12 @@ class RelationTask(pl.LightningModule):
         if self.trainer.is_global_zero:
             folder = run_folder.current(self.trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(folder / "relations.csv") as temporary, temporary.open("w", newline="") as file:
+            with atomic_write(folder / "relations.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, list(rows[0]))
                 writer.writeheader()
                 writer.writerows(rows)
             with atomic_write(folder / "test.json") as temporary:
-                temporary.write_text(json.dumps(rows, indent=1) + "\n")
+                temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
     def configure_optimizers(self) -> Any:
         """AdamW along one cycle."""
