@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from foveal.apps.options import Checkpoint, Device, Json, Overwrite
 from foveal.apps.verbs import add_convert, add_training
 
 app = typer.Typer(rich_markup_mode=None)
@@ -14,10 +15,6 @@ app = typer.Typer(rich_markup_mode=None)
 add_training(app, "detection", "configs/detection/yolov13n_small.yaml")
 add_convert(app, "detection")
 
-_Checkpoint = Annotated[Path | None, typer.Option(help="Weights (.safetensors); default: the small trained model of the package.")]
-_Device = Annotated[str, typer.Option(help="auto, cpu, or cuda[:N].")]
-_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs instead of keeping them.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print the report for machines.")]
 _Images = Annotated[Path | None, typer.Option(help="Folder of the pictures of a COCO file; default: images beside it, or its own folder.")]
 _ImageSize = Annotated[int | None, typer.Option(help="Side that pictures are made to fit, a multiple of 32; default: the weights' own.")]
 
@@ -26,7 +23,7 @@ _ImageSize = Annotated[int | None, typer.Option(help="Side that pictures are mad
 def detect(
     sources: Annotated[list[Path], typer.Argument(help="Pictures, videos, or folders of them.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: detected.")] = None,
-    checkpoint: _Checkpoint = None,
+    checkpoint: Checkpoint = None,
     score: Annotated[float, typer.Option(help="Least score of an object.")] = 0.25,
     overlap: Annotated[float, typer.Option(help="Greatest intersection over union of two boxes of a class.")] = 0.7,
     most: Annotated[int, typer.Option(help="Objects of a picture at most.")] = 300,
@@ -38,9 +35,9 @@ def detect(
     every: Annotated[int, typer.Option(help="Of a video, look at every so many frames.")] = 1,
     no_pictures: Annotated[bool, typer.Option("--no-pictures", help="Write no pictures and videos, only what was found.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Also draw hyperedges and area attention of each picture.")] = False,
-    device: _Device = "auto",
-    overwrite: _Overwrite = False,
-    as_json: _Json = False,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Find objects: pictures with boxes drawn on them, and what was found as JSON, YOLO labels or COCO predictions."""
     from foveal.detection.detect import detect_command
@@ -71,9 +68,9 @@ def segment(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: segmented.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights of a BEVANet (.safetensors); none come with the package.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Longer side that the network looks at; default: the picture's own, up to 2048.")] = None,
-    device: _Device = "auto",
-    overwrite: _Overwrite = False,
-    as_json: _Json = False,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Tell the class of every pixel: pictures under their classes' colours, and PNG files of class numbers."""
     from foveal.detection.segment import segment_command
@@ -91,9 +88,9 @@ def head_pose(
     score: Annotated[float, typer.Option(help="Least score of a head.")] = 0.3,
     overlap: Annotated[float, typer.Option(help="Greatest intersection over union of two heads.")] = 0.45,
     image_size: Annotated[int | None, typer.Option(help="Side that pictures are made to fit, a multiple of 64; default: the weights' own.")] = None,
-    device: _Device = "auto",
-    overwrite: _Overwrite = False,
-    as_json: _Json = False,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Find heads and where they are turned: pictures with each head's axes, and pitch, yaw and roll in degrees as JSON."""
     from foveal.detection.head_pose import head_pose_command
@@ -120,8 +117,8 @@ def check_data(
     images: _Images = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for problems.csv and summary.json.")] = None,
     thorough: Annotated[bool, typer.Option("--thorough", help="Decode every picture, not only its header.")] = False,
-    overwrite: _Overwrite = False,
-    as_json: _Json = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Look for what is wrong with labels: degenerate boxes, missing and damaged files, unknown classes, pictures in two parts."""
     from foveal.detection.check import check_data_command
@@ -137,12 +134,12 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Its part to measure on.")] = "test",
     images: _Images = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: evaluated.")] = None,
-    checkpoint: _Checkpoint = None,
+    checkpoint: Checkpoint = None,
     image_size: _ImageSize = None,
     score: Annotated[float, typer.Option(help="Least score of what counts in the confusion matrix.")] = 0.25,
-    device: _Device = "auto",
-    overwrite: _Overwrite = False,
-    as_json: _Json = False,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Measure a detector on labelled pictures: COCO's average precision, precision over recall, what was taken for what."""
     from foveal.detection.evaluate import evaluate_command
@@ -166,11 +163,11 @@ def evaluate(
 @app.command()
 def export(
     output: Annotated[Path, typer.Argument(help="File to write, ending in .onnx.")],
-    checkpoint: _Checkpoint = None,
+    checkpoint: Checkpoint = None,
     image_size: _ImageSize = None,
     half: Annotated[bool, typer.Option("--half", help="Half precision: weights, input and layers.")] = False,
-    overwrite: _Overwrite = False,
-    as_json: _Json = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Write a network as ONNX, with any number of pictures a call, and hold it against torch."""
     from foveal.detection.export import export_command
@@ -187,9 +184,9 @@ def benchmark(
     batch: Annotated[int, typer.Option(help="Pictures a call.")] = 1,
     rounds: Annotated[int, typer.Option(help="Calls of each, after three that do not count.")] = 20,
     precision: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    device: _Device = "auto",
+    device: Device = "auto",
     threads: Annotated[int | None, typer.Option(help="Of the CPU.")] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Measure latency here, with and without suppression, and say what exactly was measured."""
     from foveal.detection.latency import benchmark_command

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from foveal.apps.options import Device, Json, Overwrite, Seed
 from foveal.apps.verbs import add_convert, add_training
 
 app = typer.Typer(rich_markup_mode=None)
@@ -19,11 +20,7 @@ _Checkpoint = Annotated[
     Path | None, typer.Option(help="Weights (.safetensors); default: the package's small potential, for molecules of H, C, N and O.")
 ]
 _Method = Annotated[str | None, typer.Option(help="A reference method instead of a network: gfn2, gfn1 or emt.")]
-_Device = Annotated[str, typer.Option(help="auto, cpu, or cuda[:N].")]
 _Dtype = Annotated[str, typer.Option(help="float32 or float64.")]
-_Seed = Annotated[int, typer.Option(help="Of everything random.")]
-_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs instead of keeping them.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print the report for machines.")]
 _Target = Annotated[str, typer.Option(help="Column of the classes.")]
 _Ignore = Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="A column not to select by, such as an identifier; repeatable.")]
 _TableOverwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
@@ -34,10 +31,10 @@ def evaluate(
     structures: _Structures,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: evaluated.")] = None,
     checkpoint: _Checkpoint = None,
-    device: _Device = "auto",
+    device: Device = "auto",
     dtype: _Dtype = "float32",
-    overwrite: _Overwrite = False,
-    as_json: _Json = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Energy, forces and stress of structures (extxyz); where the files carry labels, errors (csv, json) and a parity plot."""
     from foveal.graphs3d.evaluate import evaluate_command
@@ -59,10 +56,10 @@ def relax(
     steps: Annotated[int, typer.Option(help="At most.")] = 500,
     cell: Annotated[bool, typer.Option("--cell", help="Relax the lattice too, where it is periodic throughout.")] = False,
     optimizer: Annotated[str, typer.Option(help="fire, lbfgs or bfgs.")] = "fire",
-    device: _Device = "auto",
+    device: Device = "auto",
     dtype: _Dtype = "float32",
-    overwrite: _Overwrite = False,
-    as_json: _Json = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Relax structures, all of a file together: the relaxed ones (extxyz), their steps (trajectory, csv) and a picture."""
     from foveal.graphs3d.relax import relax_command
@@ -88,11 +85,11 @@ def md(
     equilibration: Annotated[float, typer.Option(help="ps at that temperature before the run.")] = 0.5,
     every: Annotated[int, typer.Option(help="Steps between two frames.")] = 20,
     friction: Annotated[float, typer.Option(help="1/ps, of the thermostat.")] = 10.0,
-    seed: _Seed = 0,
-    device: _Device = "auto",
+    seed: Seed = 0,
+    device: Device = "auto",
     dtype: _Dtype = "float32",
-    overwrite: _Overwrite = False,
-    as_json: _Json = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Molecular dynamics: a trajectory, energies and temperature (csv), the drift of the total energy (json) and a picture of it."""
     from foveal.graphs3d.dynamics import dynamics_command
@@ -116,10 +113,10 @@ def phonons(
     displacement: Annotated[float, typer.Option(help="A.")] = 0.01,
     relax_first: Annotated[bool, typer.Option("--relax/--no-relax", help="Relax the atoms in their cell first.")] = True,
     fmax: Annotated[float, typer.Option(help="eV/A, of that relaxation.")] = 0.001,
-    device: _Device = "auto",
+    device: Device = "auto",
     dtype: _Dtype = "float64",
-    overwrite: _Overwrite = False,
-    as_json: _Json = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Vibrations: bands and density of states of crystals, normal modes of molecules (csv, json, picture)."""
     from foveal.graphs3d.phonons import phonons_command
@@ -142,10 +139,10 @@ def eos(
     points: Annotated[int, typer.Option(help="Volumes.")] = 11,
     relax_atoms: Annotated[bool, typer.Option("--relax/--no-relax", help="Relax the atoms in each cell.")] = True,
     equation: Annotated[str, typer.Option(help="birchmurnaghan, birch, murnaghan, vinet, pouriertarantola or sjeos.")] = "birchmurnaghan",
-    device: _Device = "auto",
+    device: Device = "auto",
     dtype: _Dtype = "float64",
-    overwrite: _Overwrite = False,
-    as_json: _Json = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Energy against volume of crystals: the volume of lowest energy and the bulk modulus (csv, json, picture)."""
     from foveal.graphs3d.equation_of_state import eos_command
@@ -168,9 +165,9 @@ def label(
     rattle: Annotated[float, typer.Option(help="A, standard deviation of random displacements.")] = 0.05,
     every: Annotated[int, typer.Option(help="Steps of dynamics between two geometries.")] = 20,
     timestep: Annotated[float, typer.Option(help="fs, of dynamics.")] = 1.0,
-    seed: _Seed = 0,
-    overwrite: _Overwrite = False,
-    as_json: _Json = False,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Make training data: geometries of your structures with energy, forces and stress by a fast method (extxyz)."""
     from foveal.graphs3d.label import label_command
@@ -198,10 +195,10 @@ def select(
     settings: Annotated[Path | None, typer.Option(help="File written by foveal graphs3d search.")] = None,
     ignore: _Ignore = None,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Measure accuracy before and after on held-out rows, and draw.")] = True,
-    device: Annotated[str, typer.Option(help="auto, cpu, or cuda[:N].")] = "auto",
-    seed: _Seed = 0,
+    device: Device = "auto",
+    seed: Seed = 0,
     overwrite: _TableOverwrite = False,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Keep the rows of a table that a classifier learns most from (GAIS); writes them and a report picture."""
     from foveal.core.errors import UserError
@@ -229,7 +226,7 @@ def search(
     classifier: Annotated[str, typer.Option(help="kNN, SVM, random forest or gradient boosting.")] = "random forest",
     ignore: _Ignore = None,
     study: Annotated[Path | None, typer.Option(help="SQLite file that keeps the trials, so that a search can go on.")] = None,
-    seed: _Seed = 0,
+    seed: Seed = 0,
     overwrite: _TableOverwrite = False,
 ) -> None:
     """Search the settings of select on a table (Optuna); writes a file for select --settings."""
@@ -254,10 +251,10 @@ def ask(
         Path | None, typer.Option(help="Weights (.safetensors) of a run of fit; default: the package's own, or the boxes alone.")
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: answers.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, or cuda[:N].")] = "auto",
-    seed: _Seed = 0,
+    device: Device = "auto",
+    seed: Seed = 0,
     overwrite: _TableOverwrite = False,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Ask where objects stand to one another (left, nearest, between, above, largest, ...): answers by network and boxes, with a picture."""
     from foveal.graphs3d.relations import ask_command

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from foveal.apps.options import Device, Json, Overwrite, Seed
 from foveal.apps.verbs import add_convert, add_training
 
 app = typer.Typer(rich_markup_mode=None)
@@ -15,12 +16,8 @@ add_training(app, "medical", "configs/medical/hippocampus_small.yaml")
 add_convert(app, "medical")
 
 _Scans = Annotated[list[Path], typer.Argument(help="NIfTI, NRRD, MetaImage, PNG, TIFF, DICOM files or series folders; or folders of them.")]
-_Device = Annotated[str, typer.Option(help="auto, cpu, or cuda[:N].")]
 _Frame = Annotated[int | None, typer.Option(help="Which volume of 4-D files, from 0.")]
 _Series = Annotated[str | None, typer.Option(help="Which series of a DICOM folder with several: its number, UID or a part of its name.")]
-_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs instead of keeping them.")]
-_Seed = Annotated[int, typer.Option(help="Of everything random.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print the report for machines.")]
 
 
 @app.command()
@@ -38,12 +35,12 @@ def segment(
         str | None,
         typer.Option(help="Also look at slices shifted, mirrored_height, mirrored_width (commas between), or none; default: as the weights want."),
     ] = None,
-    device: _Device = "auto",
+    device: Device = "auto",
     frame: _Frame = None,
     series: _Series = None,
-    overwrite: _Overwrite = False,
-    seed: _Seed = 0,
-    as_json: _Json = False,
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    as_json: Json = False,
 ) -> None:
     """Segment scans: labels on each scan's exact grid and in its format (NIfTI for DICOM), volumes in ml, an overlay of each."""
     from foveal.medical.segment import segment_command
@@ -66,12 +63,12 @@ def restore(
         Path | None, typer.Option(help="Good images, file or folder: PSNR and SSIM, in the range given and as the authors report.")
     ] = None,
     value_range: Annotated[tuple[float, float] | None, typer.Option(help="Values that count as 0 and 1, such as -160 240 for CT.")] = None,
-    device: _Device = "auto",
+    device: Device = "auto",
     frame: _Frame = None,
     series: _Series = None,
-    overwrite: _Overwrite = False,
-    seed: _Seed = 0,
-    as_json: _Json = False,
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    as_json: Json = False,
 ) -> None:
     """Restore scans (denoise, enlarge) with a Region Attention Transformer: the same place in space, a picture of each."""
     from foveal.medical.restore import restore_command
@@ -93,10 +90,10 @@ def classify(
     ] = None,
     truth: Annotated[Path | None, typer.Option(help="The films' classes, a table of file and label or a folder of classes: accuracy, AUROC.")] = None,
     pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Draw what the network attends to at each scale.")] = True,
-    device: _Device = "auto",
-    overwrite: _Overwrite = False,
-    seed: _Seed = 0,
-    as_json: _Json = False,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    as_json: Json = False,
 ) -> None:
     """Classify films with MEDUSA: probabilities.csv, and a picture of each film with its attention."""
     from foveal.medical.classify import classify_command
@@ -128,10 +125,10 @@ def slide(
     batch: Annotated[int, typer.Option(help="Tiles that the encoder sees at once.")] = 32,
     features_only: Annotated[bool, typer.Option("--features-only", help="Extract features (CLAM-style HDF5) and classify nothing.")] = False,
     pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Draw the attention over each slide.")] = True,
-    device: _Device = "auto",
-    overwrite: _Overwrite = False,
-    seed: _Seed = 0,
-    as_json: _Json = False,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    as_json: Json = False,
 ) -> None:
     """Classify slides: tissue to tiles, tiles to features, a class and a heat map of each slide; what is done already is kept."""
     from foveal.medical.slide import slide_command
@@ -159,10 +156,10 @@ def zero_shot(
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer.json or vocab.txt, where none lies beside the model.")] = None,
     truth: Annotated[Path | None, typer.Option(help="The films' classes, a table of file and label or a folder of classes: accuracy, AUROC.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: zero_shot.")] = None,
-    device: _Device = "auto",
-    overwrite: _Overwrite = False,
-    seed: _Seed = 0,
-    as_json: _Json = False,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    as_json: Json = False,
 ) -> None:
     """Ask a vision-language model: classify films by sentences (--prompts), or find texts for images and images for texts (--pairs)."""
     from foveal.medical.zero_shot import zero_shot_command
