@@ -79,11 +79,11 @@ def test_training_goes_on_from_weights_that_fit_and_from_no_others(tmp_path: Pat
     own = more.head.weight.clone()
     with pytest.raises(UserError, match=r"expected weights that fit the config's network; .* size mismatch for head\.weight"):
         start_from(more, file)
-    start_from(more, file, new_head="head.")
+    start_from(more, file, heads=("head.",))
     assert torch.equal(more.head.weight, own)
     assert torch.equal(more.body.weight, trained.body.weight)
     with pytest.raises(UserError, match=r"size mismatch for body\.weight"):
-        start_from(Classifier(6, 2), file, new_head="head.")
+        start_from(Classifier(6, 2), file, heads=("head.",))
     with pytest.raises(UserError, match="expected weights of lion"):
         start_from(network, file, "lion")
 

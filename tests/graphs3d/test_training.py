@@ -167,6 +167,24 @@ def test_fine_tuning_starts_with_the_right_mean_energy(files, weights):
     assert float(kept.model.references[29]) == -3.0
 
 
+def test_the_gradient_form_goes_on_from_the_direct_forms_weights_and_back_with_new_heads(tmp_path):
+    torch.manual_seed(0)
+    direct = EquiformerV3Config(**SMALL, max_elements=60, direct=True, denoising=True)
+    learned = PotentialTask(EquiformerV3(direct))
+    file = learned.write(tmp_path / "direct.safetensors")
+    gradient = PotentialTask(EquiformerV3(EquiformerV3Config(**SMALL, max_elements=60)), weights=str(file)).network
+    assert gradient.state_dict().keys() < learned.network.state_dict().keys()
+    for key, value in gradient.state_dict().items():
+        assert torch.equal(value, learned.network.state_dict()[key]), key
+    body = PotentialTask(gradient).write(tmp_path / "gradient.safetensors")
+    back = EquiformerV3(direct)
+    own = back.force_head.logit.detach().clone()
+    back = PotentialTask(back, weights=str(body)).network
+    assert torch.equal(back.force_head.logit, own)
+    with pytest.raises(UserError, match="expected weights that fit"):
+        PotentialTask(EquiformerV3(EquiformerV3Config(**{**SMALL, "layers": 2}, max_elements=60)), weights=str(file))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({}, "neither"), ({"network": EquiformerV3(EquiformerV3Config(**SMALL)), "references": "keep"}, "without weights")],

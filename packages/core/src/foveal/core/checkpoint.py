@@ -135,22 +135,24 @@ def load_weights(path: str | Path, system: str | None = None) -> Weights:
     return Weights(state=state, config=config, system=header.pop("system"), metadata=header)
 
 
-def start_from(network: nn.Module, path: str | Path, system: str | None = None, new_head: str | None = None) -> None:
+def start_from(network: nn.Module, path: str | Path, system: str | None = None, heads: tuple[str, ...] = ()) -> None:
     """Give a network the weights of a file of ours, to train on from there.
 
     Args:
         network: of a config's sizes; its tensors are changed.
         path: a file, or a folder with one.
         system: as of `load_weights`.
-        new_head: what the keys of a head begin with that may be of another task: where its shapes differ, the network keeps its own.
+        heads: what the keys of those parts begin with that may be of another task: the file's are left out where the network has none, and the
+            network keeps its own where the file has none or has them in other shapes.
 
     Raises:
         UserError: as `load_weights`, or tensors that are not the network's.
     """
     state, own = load_weights(path, system).state, network.state_dict()
-    if new_head is not None:
-        fresh = {key: value for key, value in own.items() if key.startswith(new_head)}
-        state = {**fresh, **{key: value for key, value in state.items() if key not in fresh or value.shape == fresh[key].shape}}
+    if heads:
+        fresh = {key: value for key, value in own.items() if key.startswith(heads)}
+        fitting = {key: value for key, value in state.items() if not key.startswith(heads) or (key in own and value.shape == own[key].shape)}
+        state = {**fresh, **fitting}
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

@@ -109,7 +109,7 @@ class _TokenTask(pl.LightningModule):
             )
         network.start_from(self.tokenizer.model.codebook.weight)
         if weights is not None:
-            start_from(network, weights, "tfm_encoder", new_head="head.")
+            start_from(network, weights, "tfm_encoder", heads=("head.",))
         self.learning_rate, self.final_learning_rate, self.warmup = learning_rate, final_learning_rate, warmup
         self.weight_decay, self.betas = weight_decay, betas
 

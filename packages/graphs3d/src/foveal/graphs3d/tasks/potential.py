@@ -17,7 +17,7 @@ import torch
 from ase.data import chemical_symbols
 from torch import Tensor, nn
 
-from foveal.core.checkpoint import load_weights, save_weights
+from foveal.core.checkpoint import save_weights, start_from
 from foveal.core.errors import UserError
 from foveal.core.muon import Muon
 from foveal.core.run_folder import current
@@ -30,6 +30,8 @@ from foveal.graphs3d.models.equivariant import DegreeLinear
 from foveal.graphs3d.plots import draw_parity
 from foveal.graphs3d.tasks.references import element_references, force_scale
 
+#: Parts that one form has and another has not: the paper trains the direct form with denoising first, and then goes on in the gradient form.
+HEADS = ("force_head.", "stress_head.", "denoising_head.", "force_embedding.")
 #: Structures whose energies a fine-tuned network's references are fitted to.
 _FITTED = 500
 
@@ -43,7 +45,8 @@ class PotentialTask(pl.LightningModule):
 
     Args:
         network: to train; None takes that of `weights`.
-        weights: a ``.safetensors`` file of ours to start from (fine-tuning), or "bundled"; None starts anew.
+        weights: a ``.safetensors`` file of ours to start from (fine-tuning), or "bundled"; None starts anew. It may be of another form of `network`,
+            with other heads: those that it lacks start from random weights.
         learning_rate: of AdamW, at its largest.
         matrix_learning_rate: trains the matrices with `Muon` at this rate, at its largest; None trains all parameters with AdamW, as the paper does.
         weight_decay: not on embeddings, biases and norms; with `matrix_learning_rate` on matrices alone.
@@ -307,9 +310,5 @@ def _network(network: EquiformerV3 | None, weights: str | None) -> EquiformerV3:
         loaded = model_from_weights(weights)
         assert isinstance(loaded, EquiformerV3)  # asked for by its system's name
         return loaded
-    try:
-        # A new head starts from random weights where the file has none, as in the paper's fine-tuning.
-        network.load_state_dict(load_weights(weights, "equiformer_v3").state)
-    except RuntimeError as error:
-        raise UserError(f"expected weights that fit the config's network; those in {weights} do not: {' '.join(str(error).split())[:200]}") from None
+    start_from(network, weights, "equiformer_v3", heads=HEADS)
     return network
