@@ -11,7 +11,7 @@ from pathlib import Path
 from foveal.core.errors import UserError
 
 
-def collect_inputs(paths: Iterable[str | Path], suffixes: Iterable[str]) -> list[Path]:
+def collect_inputs(paths: Iterable[str | Path], suffixes: Iterable[str], without: str | Path | None = None) -> list[Path]:
     """Files that the user named, and those with one of `suffixes` in the folders that the user named (subfolders too), sorted, each once.
 
     A file named directly is taken whatever its suffix: its content decides.
@@ -19,6 +19,7 @@ def collect_inputs(paths: Iterable[str | Path], suffixes: Iterable[str]) -> list
     Args:
         paths: files and folders.
         suffixes: with their dot, in lower case, such as ``{".wav", ".flac"}``; the case of a file's own suffix does not matter.
+        without: folder for the results: where it lies in a folder that was named, what an earlier call left there is no input.
 
     Raises:
         UserError: a path does not exist, or a folder holds no such file, or nothing was named.
@@ -27,7 +28,7 @@ def collect_inputs(paths: Iterable[str | Path], suffixes: Iterable[str]) -> list
     found: set[Path] = set()
     for path in map(Path, paths):
         if path.is_dir():
-            inside = {file for file in path.rglob("*") if file.suffix.lower() in wanted and file.is_file()}
+            inside = set(outside((file for file in path.rglob("*") if file.suffix.lower() in wanted and file.is_file()), path, without))
             if not inside:
                 raise UserError(
                     f"expected files ending in {', '.join(sorted(wanted))} in folder {path}; found none; name another folder or the files"
@@ -40,6 +41,26 @@ def collect_inputs(paths: Iterable[str | Path], suffixes: Iterable[str]) -> list
     if not found:
         raise UserError("expected at least one input file or folder; none was named")
     return sorted(found)
+
+
+def outside(files: Iterable[Path], named: Path, folder: str | Path | None) -> list[Path]:
+    """Of the files in a folder that was named those that do not lie in `folder`, where this is a folder inside it."""
+    results = None if folder is None else Path(folder).resolve()
+    if results is None or named.resolve() not in results.parents:
+        return list(files)
+    return [file for file in files if results not in file.resolve().parents]
+
+
+def refuse_replacing(sources: Iterable[Path], outputs: Iterable[Path]) -> None:
+    """Make sure that no result is written over a file that it is made of.
+
+    Raises:
+        UserError: one would be, with or without ``--overwrite``.
+    """
+    named = {source.resolve() for source in sources}
+    for output in outputs:
+        if output.resolve() in named:
+            raise UserError(f"expected results beside what they are made of; {output} would be replaced by its own; choose another -o/--output")
 
 
 def output_folder(path: str | Path, overwrite: bool = False, names: Iterable[str] = ()) -> Path:
