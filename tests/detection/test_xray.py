@@ -20,7 +20,7 @@ from foveal.detection.data.projection import CLEAR, Crop, Scene, drawn_bag, draw
 from foveal.detection.data.xray import CLASSES, CocoScenes, MadeScenes, XRayData, XRaySet, together, write_scenes
 from foveal.detection.metrics import average_precision
 from foveal.detection.models.sdanet import SDANet, SDANetConfig
-from foveal.detection.tasks.xray import XRayTask, _each_picture_once
+from foveal.detection.tasks.xray import XRayTask
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "detection"
 
@@ -215,7 +215,21 @@ def test_converted_weights_are_measured_and_other_conventions_and_classes_are_re
         FovealCLI("detection", ["fit", *_options(*source, "--model.init_args.config.classes", "3")])
 
 
-def test_several_processes_are_measured_on_all_pictures_once() -> None:
-    first, second = [{"image_id": 1, "score": 0.5}, {"image_id": 2, "score": 0.4}], [{"image_id": 3, "score": 0.1}, {"image_id": 1, "score": 0.5}]
-    found = _each_picture_once([first, second])
-    assert [entry["image_id"] for entry in found] == [1, 2, 3]
+def test_several_processes_are_measured_on_all_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, scenes = XRayTask(SDANetConfig(depth=18)), MadeScenes(3, drawn_crops(CLASSES), CLASSES, side=64)
+    perfect = [{**part, "score": 0.9} for part in scenes.truth["annotations"]]
+    boxes = [{key: part[key] for key in ("image_id", "category_id", "score", "bbox")} for part in perfect]
+    masks = [{key: part[key] for key in ("image_id", "category_id", "score", "segmentation")} for part in perfect]
+    dealt = ((1, 3), (2, 1))
+    shares = [tuple({0: [one for one in found if one["image_id"] in part]} for found in (boxes, masks)) for part in dealt]
+    logged: dict[str, float] = {}
+
+    class Trainer:
+        world_size = 2
+        datamodule = type("Data", (), {"measured": {"made": scenes}})()
+
+    task._trainer = Trainer()  # type: ignore[assignment]
+    monkeypatch.setattr(task, "log", lambda name, value, **how: logged.update({name: value}))
+    monkeypatch.setattr("torch.distributed.all_gather_object", lambda filled, own: filled.__setitem__(slice(None), shares))
+    task._figures("val")
+    assert logged == {"val/AP": pytest.approx(1.0), "val/mask_AP": pytest.approx(1.0)}

@@ -176,8 +176,8 @@ def start_from(network: BEVANet, weights: str) -> list[str]:
     # Counters of norms have one shape in every network, and a convolution here and there may fit: most of what is named must.
     if 2 * len(fitting) <= len(given):
         raise UserError(
-            f"expected weights of a BEVANet of this size; of {len(given)} tensors in {weights} that have its names {len(given) - len(fitting)} do not "
-            "fit; choose another file, or model.config.channels and blocks"
+            f"expected weights of a BEVANet of this size; of {len(given)} tensors in {weights} that have its names {len(given) - len(fitting)} do "
+            "not fit; choose another file, or model.config.channels and blocks"
         )
     network.load_state_dict({**own, **fitting})
     return sorted(own.keys() - fitting.keys())

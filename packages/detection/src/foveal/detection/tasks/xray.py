@@ -6,6 +6,7 @@ the 11th, a warm-up of 500 steps from a third, ResNet-101 pretrained on ImageNet
 
 from __future__ import annotations
 
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ from torch import Tensor
 
 from foveal.core.checkpoint import load_weights, start_from
 from foveal.core.errors import UserError
-from foveal.core.processes import of_every_process
+from foveal.core.processes import of_every_process, once
 from foveal.detection.data.xray import XRayBatch, XRayData
 from foveal.detection.metrics import average_precision, encoded
 from foveal.detection.models.sdanet import SDANet, SDANetConfig, paste
 from foveal.detection.models.sdanet_loss import losses
 
-
 #: What the keys of those parts begin with whose shape depends on the number of classes.
 _OF_CLASSES = tuple(f"boxes.{stage}.score." for stage in range(3)) + tuple(f"masks.{stage}.10." for stage in range(3))
+
+
+_picture = itemgetter("image_id")
 
 
 class XRayTask(pl.LightningModule):
@@ -33,8 +36,8 @@ class XRayTask(pl.LightningModule):
 
     Args:
         config: of the network.
-        weights: file of ours to start from or to measure, such as ``convert sdanet`` writes; parts that depend on the number of classes are taken over
-            where it is the same.
+        weights: file of ours to start from or to measure, such as ``convert sdanet`` writes; parts that depend on the number of classes are taken
+            over where it is the same.
         backbone: file with a state dict of torchvision's ResNet to start from, such as one pretrained on ImageNet; None starts at random.
         frozen_stages: of the ResNet that keep their weights: 1 is the stem and the first stage; 0 trains all.
         learning_rate: highest.
@@ -136,8 +139,8 @@ class XRayTask(pl.LightningModule):
         for place, (split, scenes) in enumerate(self._data.measured.items()):
             truth = scenes.truth
             measured = {
-                "AP": average_precision(truth, _each_picture_once([boxes.get(place, []) for boxes, _ in shares]))[0],
-                "mask_AP": average_precision(truth, _each_picture_once([masks.get(place, []) for _, masks in shares]), "segm")[0],
+                "AP": average_precision(truth, once([boxes.get(place, []) for boxes, _ in shares], _picture))[0],
+                "mask_AP": average_precision(truth, once([masks.get(place, []) for _, masks in shares], _picture), "segm")[0],
             }
             for name, value in measured.items():
                 figures[name].append(value["AP"])
@@ -167,12 +170,3 @@ class XRayTask(pl.LightningModule):
             return warm * 0.1 ** sum(step >= epoch * epoch_steps for epoch in self.steps)
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, share), "interval": "step"}}
-
-
-def _each_picture_once(shares: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Predictions of all processes; of a picture that several were given those of the first."""
-    first: dict[Any, int] = {}
-    for rank, share in enumerate(shares):
-        for entry in share:
-            first.setdefault(entry["image_id"], rank)
-    return [entry for rank, share in enumerate(shares) for entry in share if first[entry["image_id"]] == rank]

@@ -122,8 +122,8 @@ class PotentialTask(pl.LightningModule):
         """Those of the weights, until training data say otherwise: what is measured without training is measured in eV."""
         self.scale.fill_(known.scale)
         # Where forces are derivatives there is one scale.
-        separate = known.forces_scale is not None and self.network.config.direct
-        self.forces_scale.fill_(known.forces_scale if separate else known.scale)
+        own = known.forces_scale if self.network.config.direct else None
+        self.forces_scale.fill_(known.scale if own is None else own)
         for symbol, value in known.references.items():
             self.references[chemical_symbols.index(symbol)] = value
 
