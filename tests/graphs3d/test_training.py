@@ -343,3 +343,12 @@ def test_two_processes_train_one_potential_on_shares_of_the_data(files):
     # Six structures, two a batch, two processes: one whole round of batches an epoch.
     with safe_open(written[0], "pt") as weights:
         assert weights.metadata()["steps"] == "2"
+
+
+def test_elements_that_the_network_has_no_room_for_are_refused_in_a_sentence(files, weights):
+    frames = copper(8)
+    frames[3].symbols[0] = "Au"
+    frames[3].calc = SinglePointCalculator(frames[3], energy=-1.0, forces=np.zeros((4, 3)))
+    ase.io.write(files / "train.extxyz", frames, format="extxyz")
+    with pytest.raises(UserError, match=r"elements up to Pr, .* \(max_elements 60\); got Au"):
+        run(files, "fit", settings(files, {"network": None, "weights": str(weights)}), "--trainer.max_steps", "1")
