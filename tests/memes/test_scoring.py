@@ -275,7 +275,7 @@ def test_a_share_for_review_is_kept_to() -> None:
 @pytest.mark.parametrize("wrong", [{"precision": 90.0}, {"recall": -0.1}, {"review_share": 20.0}])
 def test_a_share_in_percent_is_refused(wrong) -> None:
     labels = np.arange(40) % 2
-    with pytest.raises(UserError, match="expected a (precision|recall|review share) from 0 to 1; got"):
+    with pytest.raises(UserError, match=r"expected a (precision|recall|review share) from 0 to 1; got"):
         fit("harmful", np.linspace(-1, 1, 40), labels, **wrong)
 
 
