@@ -32,6 +32,14 @@ def test_a_checkpoint_goes_to_ours_and_back_to_the_same_bits(official, tmp_path,
     assert all(torch.equal(again[key], state[key]) for key in state)
 
 
+def test_keywords_on_the_way_back_are_refused_since_our_file_says_them(official, tmp_path, capsys):
+    ours, back = tmp_path / "tiger.safetensors", tmp_path / "back.pth"
+    assert run(["audio", "convert", "tiger", str(official[0]), str(ours), "--set", "num_blocks=4"]) == 0
+    assert run(["audio", "convert", "tiger", str(ours), str(back), "--back", "--set", "num_blocks=8"]) == 2
+    assert "expected no keywords on the way back, since our file holds its config; got num_blocks" in capsys.readouterr().err
+    assert not back.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

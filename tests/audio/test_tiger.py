@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from foveal.audio import TIGER, TIGERCinematic, TIGERConfig, load_official, systems, to_official
+from foveal.audio.checkpoints import convert_file, model_from_weights
 from foveal.audio.models.tiger import CINEMATIC_BANDS, overlap_average
 from foveal.core.errors import UserError
 
@@ -131,6 +132,19 @@ def test_a_branch_of_the_cinematic_model_gives_the_authors_outputs(golden):
     assert model.config.band_widths == tuple(reference.about["band_widths"])
     with torch.no_grad():
         assert reference.error("out_estimates", model(golden.signal(8000, 8)[None, None])) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [TIGER, TIGERCinematic])
+def test_a_converted_branch_or_the_whole_cinematic_model_is_read_as_what_it_is(tmp_path, kind):
+    torch.manual_seed(0)
+    sizes = {"channels": 6, "hidden_channels": 8, "blocks": 1, "scales": 2, "heads": 2, "sources": 3}
+    model = kind(TIGERConfig(**sizes, window=2048, hop=512, sample_rate=44_100, bands=CINEMATIC_BANDS))
+    torch.save(to_official("tiger_dnr", model), tmp_path / "theirs.pth")
+    sizes = {"out_channels": 6, "in_channels": 8, "num_blocks": 1, "upsampling_depth": 2, "att_n_head": 2}
+    convert_file("tiger_dnr", tmp_path / "theirs.pth", tmp_path / "ours.safetensors", **sizes)
+    again = model_from_weights(tmp_path / "ours.safetensors", "tiger_dnr")
+    assert type(again) is kind
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
 
 
 def test_chunks_of_the_cinematic_model_overlap_as_the_authors_do(golden):

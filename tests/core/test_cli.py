@@ -99,6 +99,32 @@ def test_a_mistake_on_the_command_line_is_one_line_that_names_it(fit: Callable[.
     assert len(str(caught.value)) < 300
 
 
+UNFIT = {
+    "no checkpoint at all": (b"garbage", [], "cannot be read as one"),
+    "a state dict alone": ({"weight": torch.zeros(1)}, [], "does not fit|cannot be read as one"),
+    "a run of another width": (None, ["--model.init_args.width", "7"], "does not fit"),
+}
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+@pytest.mark.parametrize("kind", UNFIT)
+def test_a_checkpoint_that_cannot_be_read_or_does_not_fit_is_one_line_that_names_it(
+    fit: Callable[..., Path], workplace: Path, kind: str, verb: str
+) -> None:
+    content, arguments, said = UNFIT[kind]
+    path = workplace / "some.ckpt"
+    if content is None:
+        path = fit() / "checkpoints" / "last.ckpt"
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(UserError, match=said) as caught:
+        FovealCLI("toys", [verb, "--config", "toy.yaml", "--ckpt_path", str(path), *arguments])
+    assert path.name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_an_unknown_key_in_a_config_is_named_with_the_likely_one(fit: Callable[..., Path], workplace: Path) -> None:
     (workplace / "toy.yaml").write_text((workplace / "toy.yaml").read_text(encoding="utf-8").replace("max_epochs", "max_epoch"))
     with pytest.raises(UserError, match=r"trainer\.max_epoch'; did you mean trainer\.max_epochs\?"):

@@ -22,6 +22,15 @@ def test_inputs_are_the_named_files_and_the_folders_matching_ones_sorted_and_onc
     assert found == [tmp_path / "b.wav", tmp_path / "odd.dat", tmp_path / "sub" / "a.WAV"]
 
 
+def test_results_of_an_earlier_run_below_the_named_folder_are_no_inputs(tmp_path: Path) -> None:
+    for name in ("b.wav", "results/b_out.wav", "results/deep/c.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert collect_inputs([tmp_path], {".wav"}, apart_from=tmp_path / "results") == [tmp_path / "b.wav"]
+    assert len(collect_inputs([tmp_path / "results"], {".wav"}, apart_from=tmp_path / "results")) == 2
+    assert len(collect_inputs([tmp_path], {".wav"}, apart_from=tmp_path)) == 3
+
+
 def test_a_missing_input_an_empty_folder_and_no_input_are_the_users_to_mend(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone\.wav does not exist"):
         collect_inputs([tmp_path / "gone.wav"], {".wav"})

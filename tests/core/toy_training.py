@@ -52,14 +52,14 @@ class ToyData(pl.LightningDataModule):
 class ToyTask(pl.LightningModule):
     """Regression; `step_seconds` slows it down so that a test can kill it in the middle, `one_cycle` asks Lightning how many steps there will be."""
 
-    def __init__(self, step_seconds: float = 0.0, learning_rate: float = 1e-2, one_cycle: bool = False) -> None:
+    def __init__(self, step_seconds: float = 0.0, learning_rate: float = 1e-2, one_cycle: bool = False, width: int = 16) -> None:
         super().__init__()
         if learning_rate <= 0:
             raise ValueError(f"learning_rate must be above 0; got {learning_rate}")
         self.step_seconds = step_seconds
         self.learning_rate = learning_rate
         self.one_cycle = one_cycle
-        self.net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 1))
+        self.net = nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.3), nn.Linear(width, 1))
         self.train_error = MeanMetric()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

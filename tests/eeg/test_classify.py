@@ -15,6 +15,7 @@ from foveal.core.errors import UserError
 from foveal.eeg import events as event_files
 from foveal.eeg.classify import BUNDLED_CLASSIFIER, Classifier, classify_command
 from foveal.eeg.models.tfm_encoder import EncoderConfig, TFMEncoder
+from foveal.eeg.predict import adjusted
 
 
 def network(classes: int, **settings) -> TFMEncoder:
@@ -42,6 +43,15 @@ def test_every_window_has_its_probabilities_and_says_the_likeliest_class(weights
     assert (table["duration"] == 3).all()
     np.testing.assert_allclose(table["p_left"] + table["p_right"], 1, atol=1e-6)
     assert (table["trial_type"] == np.where(table["p_left"] > table["p_right"], "left", "right")).all()
+
+
+def test_a_classifier_of_chosen_channels_reads_those_of_a_recording_unless_others_are_named(weights, make_raw):
+    classifier = Classifier.from_pretrained(weights(montage="single", channels="C3|O1"), "cpu")
+    assert classifier(make_raw(4)).attrs["channels"] == ("C3", "O1")
+    asked = {"window": None, "montage": "auto", "channels": (), "band": None, "notch": None}
+    assert adjusted(classifier.tokenizer.preparation, **asked).channels == ("C3", "O1")
+    assert adjusted(classifier.tokenizer.preparation, **asked).montage == "single"
+    assert adjusted(classifier.tokenizer.preparation, **{**asked, "channels": ["Fp1"]}).channels == ("Fp1",)
 
 
 def test_a_binary_classifier_gives_both_sides_of_one_logit(weights, make_raw):

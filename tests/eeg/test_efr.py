@@ -95,6 +95,19 @@ def test_recording_and_wav_go_in_and_tables_and_a_picture_come_out(tmp_path, mak
 
 
 @pytest.mark.parametrize(
+    ("envelope", "rate", "start", "complaint"),
+    [(b"no array", 100.0, None, "expected an array of numbers"), (np.full(4000, np.nan), 100.0, None, "4000 of 4000 are not"),
+     (np.ones(4000), 0.0, None, "above 0 Hz"), (np.arange(4000.0), 100.0, "39.99", "at least 8 s of stimulus and EEG in common; got 0.0 s")],
+)  # fmt: skip
+def test_an_envelope_that_is_none_or_lies_at_the_recordings_end_is_one_line(tmp_path, make_raw, write_edf, capsys, envelope, rate, start, complaint):
+    path = tmp_path / "e.npy"
+    path.write_bytes(envelope) if isinstance(envelope, bytes) else np.save(path, envelope)
+    recording = write_edf(tmp_path / "r.edf", make_raw(40))
+    assert efr_command(recording, path, output=tmp_path / "out", stimulus_rate=rate, start=start, as_json=True) == 2
+    assert complaint in json.loads(capsys.readouterr().out)["files"][0]["message"]
+
+
+@pytest.mark.parametrize(
     ("change", "complaint"),
     [({"stimulus": np.ones(5000)}, "the stimulus is constant"), ({"eeg": np.ones((1, 5000))}, "a is constant"),
      ({"stimulus": np.arange(300.0)}, "in common"), ({"surrogates": 3}, "19 surrogates")],

@@ -14,7 +14,7 @@ from foveal.core.errors import UserError
 from foveal.eeg import events as event_files
 from foveal.eeg.montages import CLINICAL, derive, electrode
 from foveal.eeg.predict import Tokenizer, tokenize_command
-from foveal.eeg.recordings import open_recording
+from foveal.eeg.recordings import find_recordings, open_recording
 from foveal.eeg.streaming import Preparation, WindowedRecording
 
 ELECTRODES = ("FP1", "FP2", "F3", "F4", "C3", "C4", "P3", "P4", "O1", "O2", "F7", "F8", "T3", "T4", "T5", "T6", "FZ", "CZ", "PZ")
@@ -149,6 +149,42 @@ def test_a_batch_goes_on_past_a_bad_file_and_leaves_nothing_of_it(tmp_path, make
     assert code == report["exit_code"] == 2
     assert {entry["source"]: entry["state"] for entry in report["files"]} == {str(bad): "failed", str(good): "done"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"good.npz", "good.parquet", "good_motifs.csv", "good.png"}
+
+
+def test_recordings_of_one_name_in_folders_of_one_name_do_not_overwrite_each_other(tmp_path, make_raw, write_edf, tiny_weights):
+    for person in ("ann", "bob"):
+        (tmp_path / "in" / person / "eeg").mkdir(parents=True)
+        write_edf(tmp_path / "in" / person / "eeg" / "rest.edf", make_raw(4))
+    assert tokenize_command([tmp_path / "in"], output=tmp_path / "out", checkpoint=tiny_weights, device="cpu") == 0
+    assert len(list((tmp_path / "out").glob("*.npz"))) == 2
+
+
+def test_a_folder_gives_every_recording_once_and_neither_tables_of_events_nor_earlier_results(tmp_path):
+    for name in ("a.vhdr", "a.eeg", "a.vmrk", "nihon.eeg", "b.edf", "b.csv", "b_events.csv", "muse.csv", "classes/b_annotations.edf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "egi.mff").mkdir()
+    (tmp_path / "egi.mff" / "signal1.bin").touch()
+    assert [file.name for file in find_recordings(tmp_path, tmp_path / "classes")] == ["a.vhdr", "b.edf", "egi.mff", "muse.csv", "nihon.eeg"]
+    assert find_recordings(tmp_path / "egi.mff") == [tmp_path / "egi.mff"]
+    assert find_recordings(tmp_path / "b_events.csv") == [tmp_path / "b_events.csv"]  # its content is complained of
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "x.mff").mkdir()
+    assert find_recordings(tmp_path / "only") == [tmp_path / "only" / "x.mff"]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="found none"):
+        find_recordings(tmp_path / "none")
+
+
+@pytest.mark.parametrize("window", [2.999, 2.995, 3.0005])
+def test_a_window_of_no_whole_number_of_samples_has_tokens(tiny_tokenizer, make_raw, window):
+    tokens = tiny_tokenizer(make_raw(7.0), Preparation(window=window))
+    assert (tokens.ids >= 0).all()
+
+
+def test_a_band_above_what_the_rate_holds_is_refused(make_raw):
+    with pytest.raises(UserError, match="expected a band that begins below"):
+        WindowedRecording(make_raw(5.0, 64.0), Preparation(window=3.0, band=(40.0, 45.0)))
 
 
 def test_a_file_of_three_seconds_is_one_window(tiny_tokenizer, make_raw):

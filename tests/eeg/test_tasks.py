@@ -66,6 +66,22 @@ def test_every_kind_of_task_learns_to_tell_slow_from_fast_rhythms(kind, classes,
     assert runner.test(task, data, verbose=False)[0][metric] > 0.7  # the tokens are of an untrained network
 
 
+@pytest.mark.parametrize(("kind", "classes"), [("single_label", 3), ("multi_label", 5)])
+def test_data_of_other_classes_than_the_network_has_are_refused_before_training(kind, classes, tiny_weights, tmp_path):
+    task = ClassificationTask(str(tiny_weights), encoder(classes), kind=kind)
+    with pytest.raises(UserError, match=f"expected data of {classes} classes.*got 2 \\(slow, fast\\)"):
+        trainer(tmp_path).fit(task, Rhythms())
+
+
+@pytest.mark.parametrize("task", [ClassificationTask, MaskedTokenTask])
+def test_windows_of_more_channels_than_the_network_has_are_refused(task, tiny_weights, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"codes": 32, "width": 16, "heads": 2, "layers": 1, "channels": 1}
+    network = TFMEncoder(EncoderConfig(classes=32 if task is MaskedTokenTask else 2, **sizes))
+    with pytest.raises(UserError, match=r"up to 1 channels.*got 2 \(w\)"):
+        trainer(tmp_path).fit(task(str(tiny_weights), network), Rhythms())
+
+
 def test_the_tokenizer_never_learns_and_is_not_saved(tiny_weights, tmp_path):
     task = ClassificationTask(str(tiny_weights), encoder(2), learning_rate=1e-2)
     before = {key: value.clone() for key, value in task.tokenizer.state_dict().items()}
@@ -191,6 +207,10 @@ def test_what_a_runs_config_says_of_its_data_is_exported_and_what_it_does_not_sa
     settings = {"model": model, "data": data}
     said = {"window_seconds": "3", "band": "0.5 45", "classes": "left|right", "kind": "single_label", "tokenizer": "t.safetensors"}
     assert of_run(settings) == said
+    chosen = {"init_args": {**data["init_args"], "montage": "single", "channels": ["C3", "C4"]}}
+    assert of_run({"model": model, "data": chosen}) == {**said, "montage": "single", "channels": "C3|C4"}
+    tokenizer = {"init_args": {"network": described}}
+    assert not {"montage", "channels"} & of_run({"model": tokenizer, "data": chosen}).keys(), "a tokenizer reads any channel"
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text(yaml.safe_dump({"model": model, "data": {"init_args": {"root": "mine", "window": 3.0}}}))

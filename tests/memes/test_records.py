@@ -99,6 +99,13 @@ def test_a_file_that_is_no_table_is_named(tmp_path, name, content, message) -> N
         read_rows(tmp_path / name)
 
 
+def test_a_text_with_a_line_separator_stays_one_line_of_jsonl(tmp_path) -> None:
+    text = "one\u2028two\x85three"
+    (tmp_path / "t.jsonl").write_text("\ufeff" + json.dumps({"id": "a", "text": text, "label": 1}, ensure_ascii=False) + "\r\n\n", encoding="utf-8")
+    assert [(meme.text, meme.labels) for meme in read_table(tmp_path / "t.jsonl", labels={"x": "label"})] == [(text, {"x": 1})]
+    assert read_hateful(tmp_path / "t.jsonl")[0].text == text
+
+
 def test_a_missing_column_and_a_strange_label_are_named(tmp_path) -> None:
     (tmp_path / "t.csv").write_text("image,text,label\na.png,x,maybe\n")
     with pytest.raises(UserError, match=r"expected a column 'verdict'.*it has image, text, label"):

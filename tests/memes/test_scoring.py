@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
+from foveal.apps.main import run
 from foveal.core.errors import UserError
 from foveal.memes.calibration import Calibration, bootstrap, expected_calibration_error, fit, fit_temperature
 from foveal.memes.data.features import Encoding, encode
@@ -186,6 +187,12 @@ def test_what_the_user_can_mend_is_one_line(tmp_path, weights) -> None:
         collect_items([tmp_path / "labels.csv"], label_column="label")
 
 
+@pytest.mark.parametrize("option", [["--server", "http://localhost:1/v1"], ["--rounds", "5"], ["--concurrency", "9"], ["--requests-per-minute", "3"]])
+def test_options_of_a_server_without_one_are_refused(tmp_path, capsys, option) -> None:
+    assert run(["memes", "score", str(tmp_path), *option]) == 2
+    assert f"expected --explain MODEL beside {option[0]}" in capsys.readouterr().err
+
+
 def test_near_duplicates_share_a_number(tmp_path) -> None:
     hashes = ["ffff0000ffff0000", "ffff0000ffff0001", "0000000000000000", "", "0000000000000003"]
     verdicts = [Verdict(str(place), perceptual_hash=bits) for place, bits in enumerate(hashes)]
@@ -202,6 +209,8 @@ def test_thresholds_are_fitted_from_a_labelled_table(weights, tmp_path, capsys) 
     assert (fitted.task, fitted.fitted_on) == ("harmful", 40)
     with pytest.raises(UserError, match="already exists"):
         calibrate_command([tmp_path / "t.csv"], **options)
+    with pytest.raises(UserError, match="expected an existing folder"):
+        calibrate_command([tmp_path / "t.csv"], **{**options, "output": tmp_path / "no" / "c.json"})
     (tmp_path / "few.csv").write_text("\n".join(lines[:10]) + "\n")
     with pytest.raises(UserError, match="at least 30"):
         calibrate_command([tmp_path / "few.csv"], **{**options, "overwrite": True})
@@ -261,6 +270,13 @@ def test_a_share_for_review_is_kept_to() -> None:
     fitted = fit("task", odds, labels, precision=0.8, review_share=0.1)
     decisions = [fitted.decide(value) for value in fitted.probability(odds)]
     assert decisions.count("review") == pytest.approx(40, abs=1)
+
+
+@pytest.mark.parametrize("wrong", [{"precision": 90.0}, {"recall": -0.1}, {"review_share": 20.0}])
+def test_a_share_in_percent_is_refused(wrong) -> None:
+    labels = np.arange(40) % 2
+    with pytest.raises(UserError, match=r"expected a (precision|recall|review share) from 0 to 1; got"):
+        fit("harmful", np.linspace(-1, 1, 40), labels, **wrong)
 
 
 def test_an_interval_holds_the_figure_and_shrinks_with_memes() -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from foveal.core.errors import UserError
 from foveal.memes import TCRNet, TCRNetConfig, load_official, systems, to_official
+from foveal.memes.checkpoints import convert_file
 from foveal.memes.models.tcrnet import Tokens
 
 
@@ -81,6 +82,18 @@ def test_the_whole_model_in_float64_and_its_gradients_reach_every_encoder(golden
 def test_a_checkpoint_goes_to_ours_and_back_to_the_same_bits(golden) -> None:
     state = golden("tcrnet", "small").state()
     again = to_official("tcrnet", load_official("tcrnet", state, **golden("tcrnet", "small").about["config"]))
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("variant", ["fusion", "small"])
+def test_a_file_with_or_without_encoders_is_converted_and_comes_back_to_the_same_bits(golden, tmp_path, variant) -> None:
+    reference = golden("tcrnet", variant)
+    state = reference.state()
+    torch.save(state, tmp_path / "theirs.pth")
+    convert_file("tcrnet", tmp_path / "theirs.pth", tmp_path / "ours.safetensors", **reference.about["config"])
+    convert_file("tcrnet", tmp_path / "ours.safetensors", tmp_path / "back.pth", back=True)
+    again = torch.load(tmp_path / "back.pth", weights_only=True)
     assert again.keys() == state.keys()
     assert all(torch.equal(again[key], state[key]) for key in state)
 

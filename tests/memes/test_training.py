@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import lightning.pytorch as pl
 import numpy as np
 import pandas
 import pytest
@@ -13,10 +14,10 @@ from PIL import Image, ImageDraw
 
 from foveal.core.cli import FovealCLI
 from foveal.core.errors import UserError
-from foveal.memes.data.features import Batch, Corpus, MemeFeatures, leaked
+from foveal.memes.data.features import Batch, Corpus, Encoding, MemeFeatures, leaked
 from foveal.memes.data.records import Meme
 from foveal.memes.models.tcrnet import TCRNetConfig
-from foveal.memes.scoring import Network
+from foveal.memes.scoring import Network, ScorerConfig
 from foveal.memes.store import Store
 from foveal.memes.tasks.classification import MemeTask, log_odds
 from foveal.memes.tasks.export import export
@@ -182,6 +183,44 @@ def test_a_table_of_ones_own_may_label_in_words_and_name_its_columns(tmp_path) -
 def test_names_for_other_classes_than_the_networks_are_refused_in_one_line() -> None:
     with pytest.raises(UserError, match=r"expected classes .*got names for \{'a': 3\}"):
         MemeTask(TCRNetConfig(widths={"text": 8, "reason": 8}, classes={"a": 2}, width=8, heads=2, hidden=8), {"a": ["x", "y", "z"]})
+
+
+def _table(folder: Path, labels: list[int]) -> list[dict]:
+    rows = [f"words {place},{label}" for place, label in enumerate(labels)]
+    (folder / "t.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    return [{"kind": "table", "file": str(folder / "t.csv"), "labels": {"harmful": "label"}}]
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "complaint"),
+    [
+        ({"encoding": {"reason": "none"}}, {}, "one encoding in model and data"),
+        (
+            {},
+            {"network": TCRNetConfig({"text": 384, "image": 4}, {"harmful": 2})},
+            "network.widths of the encoding's streams, reason, text; got image, text",
+        ),
+        ({"tasks": []}, {}, "harmful lack"),
+        ({"labels": [0, 1, 2]}, {}, "labels of harmful from 0 to 1, as it has classes; got 2"),
+    ],
+)
+def test_data_that_do_not_fit_the_network_are_refused_in_one_line_before_training(tmp_path, monkeypatch, data, model, complaint) -> None:
+    monkeypatch.setattr(
+        "foveal.memes.data.features._encode_texts", lambda texts, *_: (np.zeros((len(texts), 384), np.float32), np.ones(len(texts), bool))
+    )
+    corpora = [Corpus(**one) for one in _table(tmp_path, data.get("labels", [0, 1, 1]))]
+    encoding = Encoding(**data.get("encoding", {}))
+    features = MemeFeatures(corpora, corpora, data.get("tasks", ["harmful"]), encoding, corpora, cache="")
+    task = MemeTask(**{"network": TCRNetConfig({"text": 384, "reason": 384}, {"harmful": 2}), "classes": {"harmful": ["no", "yes"]}, **model})
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
+    with pytest.raises(UserError, match=complaint):
+        pl.Trainer(accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, **quiet).fit(task, features)
+
+
+def test_a_network_without_a_task_of_two_classes_decides_nothing_and_says_so() -> None:
+    config = ScorerConfig(TCRNetConfig({"text": 4, "reason": 4}, {"target": 3}), {"target": ("a", "b", "c")})
+    with pytest.raises(UserError, match="expected a task of two classes, which decisions are about; target has 3"):
+        config.decided  # noqa: B018
 
 
 def test_leaks_are_found_by_pictures_that_were_resized_and_compressed_anew(tmp_path) -> None:

@@ -113,6 +113,16 @@ def test_a_checkpoint_is_converted_and_comes_back_with_every_key(soobinseo_state
     assert all(torch.equal(again[key], state[key]) for key in state)
 
 
+def test_a_layout_that_a_keyword_asks_for_is_converted_and_comes_back(soobinseo_state, tmp_path):
+    state = soobinseo_state()
+    torch.save(state, tmp_path / "theirs.pth")
+    convert_file("transformer_tts", tmp_path / "theirs.pth", tmp_path / "ours.safetensors", layout="soobinseo")
+    convert_file("transformer_tts", tmp_path / "ours.safetensors", tmp_path / "back.pth", back=True, layout="soobinseo")
+    again = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], state[key]) for key in state)
+
+
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [

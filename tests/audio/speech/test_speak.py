@@ -105,6 +105,14 @@ def test_standard_input_and_files_are_said(tiny_voice: Path, tmp_path: Path, mon
     assert "UTF-8" in states["bad.txt"]["message"]
 
 
+def test_a_missing_text_is_named_and_no_folder_stands_where_the_sound_should(tiny_voice: Path, tmp_path: Path, capsys):
+    code = speak_command(None, files=[tmp_path / "gone.txt"], output=tmp_path / "x.wav", checkpoint=tiny_voice, as_json=True)
+    report = json.loads(capsys.readouterr().out)
+    assert code == 2
+    assert [(entry["state"], "does not exist" in entry["message"]) for entry in report["files"]] == [("failed", True)]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_texts_of_one_name_in_two_folders_do_not_overwrite_each_other(tiny_voice: Path, tmp_path: Path):
     files = [tmp_path / folder / "note.txt" for folder in ("a", "b")]
     for file in files:

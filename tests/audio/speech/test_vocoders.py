@@ -94,6 +94,14 @@ def test_a_published_file_is_converted_with_the_config_beside_it_and_vocodes(sma
         load_vocoder("hifigan", MelConfig(hop=200), tmp_path / "ours.safetensors")
 
 
+def test_a_folder_with_weights_and_config_is_read_as_the_file_in_it(small: HiFiGAN, tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({**SMALL, "sampling_rate": 22_050}))
+    torch.save({"generator": _published(small)}, tmp_path / "g.pth")
+    loaded, mel = load_official("hifigan", tmp_path), torch.randn(1, 80, 5)
+    with torch.no_grad():
+        assert torch.allclose(loaded(mel), small(mel), atol=1e-5)
+
+
 def test_a_mel_spectrogram_in_decimal_logarithm_is_brought_to_the_vocoders(small: HiFiGAN, tmp_path: Path):
     torch.save({"generator": _published(small)}, tmp_path / "g.pth")
     (tmp_path / "config.json").write_text(json.dumps(SMALL))

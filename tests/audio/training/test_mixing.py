@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from foveal.audio.data.librispeech import find_utterances
-from foveal.audio.data.mixing import MixingRule, SpeakerMixtures, Utterance
+from foveal.audio.data.mixing import MixingRule, SpeakerMixtures, Utterance, read_signal
 from foveal.core.errors import UserError
 from foveal.core.resumable import ResumableDataLoader
 
@@ -28,6 +28,16 @@ def noise(tmp_path: Path) -> Path:
     path = tmp_path / "noise.wav"
     soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(6_000), 16_000)
     return path
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT", "DOUBLE"])
+@pytest.mark.parametrize("rate", [16_000, 48_000])
+def test_every_sample_format_is_read_at_the_level_that_it_has(tmp_path: Path, subtype: str, rate: int) -> None:
+    wave = 0.5 * np.sin(2 * np.pi * 200 * np.arange(rate) / rate)
+    soundfile.write(tmp_path / "tone.wav", wave, rate, subtype)
+    heard = read_signal(tmp_path / "tone.wav", 16_000)
+    assert heard.shape == (16_000, 1)
+    assert np.abs(heard[1000:-1000, 0] - 0.5 * np.sin(2 * np.pi * 200 * np.arange(1000, 15_000) / 16_000)).max() < 1e-3
 
 
 @pytest.fixture

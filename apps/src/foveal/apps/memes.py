@@ -52,8 +52,10 @@ def score(
     from foveal.memes.explain.server import Server
     from foveal.memes.predict import score_command
 
-    if explain is None and (server is not None or allow_remote):
-        raise UserError("expected --explain MODEL beside --server and --allow-remote; without it no server is asked")
+    asking = {"--server": server, "--allow-remote": allow_remote, "--rounds": rounds != 2, "--concurrency": concurrency != 2,
+              "--requests-per-minute": requests_per_minute}  # fmt: skip
+    if explain is None and (beside := [option for option, given in asking.items() if given]):
+        raise UserError(f"expected --explain MODEL beside {' and '.join(beside)}; without it no server is asked")
     settings = {"model": explain, "allow_remote": allow_remote, "concurrency": concurrency, "requests_per_minute": requests_per_minute}
     asked = None if explain is None else Server.from_environment(**settings, **({"base_url": server} if server else {}))
     raise typer.Exit(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,30 +16,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from foveal.audio.audio_files import SUFFIXES, open_recording
 from foveal.audio.recordings import RecordingProcessor
 from foveal.core.errors import UserError
-from foveal.core.files import collect_inputs, output_folder
+from foveal.core.files import collect_inputs, output_folder, output_names
 from foveal.core.reports import BatchReport, Entry
 
 #: Makes a practitioner's `--demo`: what applies the network, the output folder, whether to overwrite, and what to note.
 Demo = Callable[[RecordingProcessor, Path, bool, Entry], None]
-
-
-def output_names(files: Sequence[Path]) -> list[str]:
-    """A stem for the outputs of every file: its own; where two share it, with the suffix; where that is shared too, with its folders.
-
-    >>> output_names([Path("a/call.wav"), Path("b/call.wav"), Path("b/talk.mp3")])
-    ['a_call_wav', 'b_call_wav', 'talk']
-    """
-    names = [file.stem for file in files]
-    depth = 0
-    while repeated := {name for name, count in Counter(names).items() if count > 1}:
-        for index, file in enumerate(files):
-            if names[index] in repeated:
-                folders = file.resolve().parent.parts[1:][-depth:] if depth else ()
-                names[index] = "_".join([*folders, file.stem, file.suffix.removeprefix(".")]).rstrip("_")
-        depth += 1
-        if depth > 1 + max(len(file.resolve().parts) for file in files):
-            return [f"{index + 1}_{name}" for index, name in enumerate(names)]
-    return names
 
 
 @dataclass(frozen=True)
@@ -117,7 +97,7 @@ def _process_files(
     inputs: list[Path] = []
     for file in files:
         with report.item(file) as missing:
-            inputs += [found for found in collect_inputs([file], SUFFIXES) if found not in inputs]
+            inputs += [found for found in collect_inputs([file], SUFFIXES, apart_from=folder) if found not in inputs]
         if missing.state == "done":
             report.entries.remove(missing)
     sources = {path.resolve() for path in inputs}

@@ -21,7 +21,6 @@ from numpy import ndarray
 from torch import Tensor
 
 from foveal.audio.audio_files import write_sources
-from foveal.audio.batches import output_names
 from foveal.audio.checkpoints import model_from_weights
 from foveal.audio.models.free_running import Spoken
 from foveal.audio.models.transformer_tts import TransformerTTS
@@ -33,7 +32,7 @@ from foveal.audio.voice import Voice, read_voice
 from foveal.core.checkpoint import load_weights
 from foveal.core.device import resolve_device
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write, collect_inputs, output_folder
+from foveal.core.files import atomic_write, collect_inputs, output_folder, output_names
 from foveal.core.reports import BatchReport, Entry
 
 #: The small trained voice that ships with the package; its card stands beside it.
@@ -334,6 +333,8 @@ def speak_command(
         jobs = _files_to_say(files, output, report)
     else:
         jobs = [("text", _given_text(text), Path("speech.wav") if output is None else output)]
+    if not jobs:
+        return report.finish(as_json)
     _check_outputs([target for _, _, target in jobs], plot)
     speaker = Speaker.from_pretrained(checkpoint, device, vocoder=vocoder, vocoder_checkpoint=vocoder_checkpoint, voice=voice, seed=seed)
     for name, source, target in jobs:
@@ -366,8 +367,8 @@ def _files_to_say(files: Sequence[Path], output: Path | None, report: BatchRepor
             found += [path for path in collect_inputs([file], (".txt",)) if path not in found]
         if missing.state == "done":
             report.entries.remove(missing)
-    if len(files) == 1 and files[0].is_file() and output is not None and output.suffix:
-        return [(str(files[0]), files[0], output)]
+    if len(files) == 1 and not files[0].is_dir() and output is not None and output.suffix:
+        return [(str(path), path, output) for path in found]
     folder = output_folder("spoken" if output is None else output)
     return [(str(path), path, folder / f"{name}.wav") for path, name in zip(found, output_names(found), strict=True)]
 

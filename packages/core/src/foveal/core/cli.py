@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import pickle
 import re
 import sys
 import traceback
@@ -33,6 +34,11 @@ from foveal.core.errors import UserError
 from foveal.core.progress import ProgressLines
 from foveal.core.resume_point import ResumePoint
 from foveal.core.tracking import MetricsFile, Wandb
+
+#: Where Lightning reads a checkpoint, first for its hyperparameters.
+_READING = {"_parse_ckpt_path", "resume_start"}
+#: Where Lightning puts what a checkpoint holds into what the config made.
+_RESTORING = {"restore_model", "restore_callbacks", "restore_loops", "restore_optimizers", "restore_lr_schedulers"}
 
 _WANDB = f"{Wandb.__module__}.{Wandb.__qualname__}"
 
@@ -78,6 +84,20 @@ def _refusal(error: BaseException | None) -> UserError | None:
         if isinstance(error, ValueError) and frames[-1:] in (["__init__"], ["__post_init__"]):
             return UserError(f"{error}; mend the config or the option")
         error = error.__cause__
+    return None
+
+
+def _misfit(error: Exception, checkpoint: str) -> UserError | None:
+    """What Lightning's reading of a checkpoint, or putting it into the model, says against the file."""
+    called = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+    if called & _READING:
+        # the unpickler's own advice, to load the file with less care, is not ours
+        said = "" if isinstance(error, pickle.UnpicklingError) else re.split(r"\.\s|\n", str(error))[0]
+        reason = f": {said}" if said else ""
+        return UserError(f"expected a checkpoint that a run wrote; {checkpoint} cannot be read as one{reason}; name a run's last.ckpt or best.ckpt")
+    if called & _RESTORING:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        return UserError(f"expected a checkpoint of the config's model; {checkpoint} does not fit: {reason}; use that run's settings, or start anew")
     return None
 
 
@@ -165,6 +185,16 @@ class FovealCLI(LightningCLI):
             command = f"foveal {self.domain} {verb}" if verb else f"foveal {self.domain}"
             raise UserError(f"{error}{hint}; see {command} --help") from None
 
+    def _parse_ckpt_path(self) -> None:
+        try:
+            super()._parse_ckpt_path()
+        except UserError:
+            raise
+        except Exception as error:
+            refusal = _misfit(error, str(self.config[self._verb].get("ckpt_path")))
+            assert refusal is not None  # it is Lightning's reading that failed
+            raise refusal from error
+
     @property
     def settings(self) -> Namespace:
         """The config of the chosen verb."""
@@ -250,5 +280,12 @@ class FovealCLI(LightningCLI):
             if self.trainer.interrupted:
                 raise KeyboardInterrupt from None
             raise
+        except (MisconfigurationException, UserError):
+            raise
+        except Exception as error:
+            refusal = _misfit(error, str(self.settings.get("ckpt_path")))
+            if refusal is None:
+                raise
+            raise refusal from error
         finally:
             os.environ.pop(run_folder.VARIABLE, None)

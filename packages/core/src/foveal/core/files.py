@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from foveal.core.errors import UserError
 
 
-def collect_inputs(paths: Iterable[str | Path], suffixes: Iterable[str], without: str | Path | None = None) -> list[Path]:
+def collect_inputs(paths: Iterable[str | Path], suffixes: Iterable[str], apart_from: str | Path | None = None) -> list[Path]:
     """Files that the user named, and those with one of `suffixes` in the folders that the user named (subfolders too), sorted, each once.
 
     A file named directly is taken whatever its suffix: its content decides.
@@ -19,7 +20,7 @@ def collect_inputs(paths: Iterable[str | Path], suffixes: Iterable[str], without
     Args:
         paths: files and folders.
         suffixes: with their dot, in lower case, such as ``{".wav", ".flac"}``; the case of a file's own suffix does not matter.
-        without: folder for the results: where it lies in a folder that was named, what an earlier call left there is no input.
+        apart_from: folder that results go to: where it lies below a folder that the user named, what an earlier run wrote there is no input.
 
     Raises:
         UserError: a path does not exist, or a folder holds no such file, or nothing was named.
@@ -28,7 +29,7 @@ def collect_inputs(paths: Iterable[str | Path], suffixes: Iterable[str], without
     found: set[Path] = set()
     for path in map(Path, paths):
         if path.is_dir():
-            inside = set(outside((file for file in path.rglob("*") if file.suffix.lower() in wanted and file.is_file()), path, without))
+            inside = set(outside((file for file in path.rglob("*") if file.suffix.lower() in wanted and file.is_file()), path, apart_from))
             if not inside:
                 raise UserError(
                     f"expected files ending in {', '.join(sorted(wanted))} in folder {path}; found none; name another folder or the files"
@@ -61,6 +62,25 @@ def refuse_replacing(sources: Iterable[Path], outputs: Iterable[Path]) -> None:
     for output in outputs:
         if output.resolve() in named:
             raise UserError(f"expected results beside what they are made of; {output} would be replaced by its own; choose another -o/--output")
+
+
+def output_names(files: Sequence[Path]) -> list[str]:
+    """A stem for the outputs of every file: its own; where two share it, with the suffix; where that is shared too, with its folders.
+
+    >>> output_names([Path("a/call.wav"), Path("b/call.wav"), Path("b/talk.mp3")])
+    ['a_call_wav', 'b_call_wav', 'talk']
+    """
+    names = [file.stem for file in files]
+    depth = 0
+    while repeated := {name for name, count in Counter(names).items() if count > 1}:
+        for index, file in enumerate(files):
+            if names[index] in repeated:
+                folders = file.resolve().parent.parts[1:][-depth:] if depth else ()
+                names[index] = "_".join([*folders, file.stem, file.suffix.removeprefix(".")]).rstrip("_")
+        depth += 1
+        if depth > 1 + max(len(file.resolve().parts) for file in files):
+            return [f"{index + 1}_{name}" for index, name in enumerate(names)]
+    return names
 
 
 def output_folder(path: str | Path, overwrite: bool = False, names: Iterable[str] = ()) -> Path:

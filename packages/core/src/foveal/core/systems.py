@@ -59,6 +59,7 @@ class Adapter:
         ignored: keywords that the authors' constructor takes and does not use.
         unused: regular expression of an official key -> why ours has no place for it.
         renames: regular expression of a name that a tensor also goes by, as libraries rename their modules -> the table's name for it.
+        restored: our model of a config and of a state dict of ours, whose keys may tell which form is meant; None is `build` without a state dict.
     """
 
     system: System
@@ -71,6 +72,7 @@ class Adapter:
     ignored: tuple[str, ...] = ()
     unused: Mapping[str, str] = field(default_factory=dict)
     renames: Mapping[str, str] = field(default_factory=dict)
+    restored: Callable[[Any, Mapping[str, Tensor]], nn.Module] | None = None
 
     def renamed(self, official: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The authors' state dict under the table's names."""
@@ -136,7 +138,7 @@ class PublishedSystems:
         """
         adapter, keywords = self._adapter(system), dict(keywords or {})
         if isinstance(source, (str, Path)) and Path(source).is_dir():
-            source, published = _hub_folder(Path(source))
+            source, published = hub_folder(source)
             keywords = {**published, **keywords}
         config = adapter.config_of(keywords)
         official = adapter.renamed(state_dict_of(source if isinstance(source, Mapping) else read_official(source)))
@@ -165,7 +167,8 @@ class PublishedSystems:
         """
         adapter, weights = self._adapter(system), load_weights(path, system)
         try:
-            model = adapter.build(adapter.config(**weights.config), None)
+            config = adapter.config(**weights.config)
+            model = adapter.build(config, None) if adapter.restored is None else adapter.restored(config, weights.state)
             model.load_state_dict(weights.state)
         except (TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -178,8 +181,10 @@ class PublishedSystems:
         """Convert the authors' checkpoint file to ours, or with `back` ours to theirs; the account of every key is returned.
 
         Raises:
-            UserError: as `load_official` and `from_weights`; or a target that cannot be written.
+            UserError: as `load_official` and `from_weights`; keywords with `back`, where our file says them; or a target that cannot be written.
         """
+        if back and keywords:
+            raise UserError(f"expected no keywords on the way back, since our file holds its config; got {', '.join(keywords)}; leave them out")
         if back:
             conversion = self.to_official(system, self.from_weights(source, system))
             with atomic_write(target) as temporary:
@@ -196,8 +201,13 @@ class PublishedSystems:
         return self._adapters[system]
 
 
-def _hub_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Weights and keywords of a folder as a hub publishes it: config.json beside the weights."""
+def hub_folder(place: str | Path) -> tuple[Path, dict[str, Any]]:
+    """Weights and keywords of a folder as a hub publishes it: config.json beside the weights.
+
+    Raises:
+        UserError: no weights in it, or a config.json that is none.
+    """
+    folder = Path(place)
     settings = folder / "config.json"
     found = sorted(file for suffix in ("safetensors", "bin", "pth", "pt") for file in folder.glob(f"*.{suffix}"))
     if not found:

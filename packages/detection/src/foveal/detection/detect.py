@@ -73,7 +73,7 @@ def detect_command(
     if every < 1:
         raise UserError(f"expected --every of at least 1; got {every}")
     folder = Path("detected" if output is None else output)
-    files = collect_inputs(sources, PICTURES | VIDEOS, without=folder)
+    files = collect_inputs(sources, PICTURES | VIDEOS, apart_from=folder)
     names = result_names(files)
     wanted_of = {file: _outputs(folder, names[file], _is_video(file), formats, pictures, explain and not _is_video(file)) for file in files}
     refuse_replacing(files, (path for paths in wanted_of.values() for path in paths))

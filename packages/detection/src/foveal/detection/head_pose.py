@@ -229,7 +229,7 @@ def head_pose_command(
     if not 0 <= score < 1 or not 0 <= overlap <= 1:
         raise UserError(f"expected --score in 0..1 and --overlap in 0..1; got {score} and {overlap}")
     folder = Path("head_poses" if output is None else output)
-    files = collect_inputs(sources, PICTURES, without=folder)
+    files = collect_inputs(sources, PICTURES, apart_from=folder)
     names = result_names(files)
     poser = HeadPoser.from_pretrained(checkpoint, image_size=image_size, device=device)
     if poser.doubt:

@@ -131,7 +131,7 @@ def segment_command(
     if image_size is not None and image_size < 32:
         raise UserError(f"expected --image-size of at least 32; got {image_size}")
     folder = Path("segmented" if output is None else output)
-    files = collect_inputs(sources, PICTURES, without=folder)
+    files = collect_inputs(sources, PICTURES, apart_from=folder)
     names = result_names(files)
     segmenter = Segmenter.from_pretrained(checkpoint, device=device)
     refuse_replacing(files, (folder / f"{name}_{kind}" for name in names.values() for kind in ("classes.png", "overlay.jpg")))

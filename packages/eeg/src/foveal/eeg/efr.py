@@ -129,8 +129,7 @@ def following_response(
     """
     length = min(stimulus.shape[-1], eeg.shape[-1])
     segment = round(SEGMENT_SECONDS * rate)
-    if length < 8 * segment // 2:
-        raise UserError(f"expected at least {4 * SEGMENT_SECONDS:g} s of stimulus and EEG in common; got {length / rate:.1f} s")
+    _refuse_short(length, rate)
     if surrogates < 19:
         raise UserError(f"expected at least 19 surrogates; got {surrogates}")
     x, y = stimulus[:length] - stimulus[:length].mean(), eeg[:, :length] - eeg[:, :length].mean(-1, keepdims=True)
@@ -178,6 +177,11 @@ def following_response(
         density * between, [f"{channels[a]}-{channels[b]}" for a, b in pairs], between.imag / np.maximum(geometric, 1e-300), lags / rate, correlation,
         false_discovery_rate(correlation_p), length / rate,
     )  # fmt: skip
+
+
+def _refuse_short(length: int, rate: float) -> None:
+    if length < 8 * round(SEGMENT_SECONDS * rate) // 2:
+        raise UserError(f"expected at least {4 * SEGMENT_SECONDS:g} s of stimulus and EEG in common; got {length / rate:.1f} s")
 
 
 def _exceeded(values: Float[ndarray, "channels n"], surrogates: Float[ndarray, "channels m"]) -> Float[ndarray, "channels n"]:
@@ -236,7 +240,14 @@ def _read_stimulus(path: Path, rate: float | None, target: float) -> ndarray:
     if path.suffix.lower() == ".npy":
         if rate is None:
             raise UserError(f"expected --stimulus-rate with the envelope {path}; an array holds none")
-        values = np.load(path, allow_pickle=False).astype(float).ravel()
+        if rate <= 0:
+            raise UserError(f"expected --stimulus-rate above 0 Hz; got {rate:g}")
+        try:
+            values = np.load(path, allow_pickle=False).astype(float).ravel()
+        except (ValueError, TypeError, EOFError, OSError) as error:
+            raise UserError(f"expected an array of numbers in {path}; it cannot be read: {error}") from None
+        if not np.isfinite(values).all():
+            raise UserError(f"expected finite samples in {path}; {int((~np.isfinite(values)).sum())} of {len(values)} are not; mend the envelope")
         at = np.arange(0, len(values) / rate, 1 / target)
         found = np.interp(at, np.arange(len(values)) / rate, values)
         return (found - found.mean()) / (found.std() + 1e-12)
@@ -315,6 +326,7 @@ def efr_command(
         samples = raw.get_data(picks=list(chosen.picks), start=first, stop=min(raw.n_times, first + len(asked)), verbose="error") * 1e6
         if not np.isfinite(samples).all():
             raise UserError(f"expected finite samples; {int((~np.isfinite(samples)).sum())} are not; choose channels or another start")
+        _refuse_short(min(len(asked), samples.shape[-1]), rate)
         samples = signal.sosfiltfilt(signal.butter(2, 0.5, "highpass", fs=rate, output="sos"), samples)
         if notch:
             samples = signal.filtfilt(*signal.iirnotch(notch, 30, fs=rate), samples)

@@ -20,13 +20,14 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from foveal.core.checkpoint import load_weights
 from foveal.core.device import resolve_device
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write, collect_inputs, output_folder
+from foveal.core.files import atomic_write, output_folder, output_names
 from foveal.core.reports import BatchReport, Entry
 from foveal.eeg import events as event_files
 from foveal.eeg.analysis import codebook_use
 from foveal.eeg.checkpoints import model_from_weights
 from foveal.eeg.models.tfm_tokenizer import TFMTokenizer
-from foveal.eeg.recordings import SUFFIXES, open_recording
+from foveal.eeg.preprocessing import samples_at
+from foveal.eeg.recordings import find_recordings, open_recording, without_twins
 from foveal.eeg.streaming import Preparation, WindowedRecording
 
 #: The tokenizer that ships with the package; its card stands beside it.
@@ -139,7 +140,7 @@ class Tokenizer:
         recording = WindowedRecording(raw, preparation or self.preparation)
         config, model = self.model.config, self.model
         window = recording.preparation.window
-        ids = np.full((recording.count, len(recording.names), config.frames(round(window * config.sample_rate))), -1, dtype=np.int32)
+        ids = np.full((recording.count, len(recording.names), config.frames(samples_at(window, config.sample_rate))), -1, dtype=np.int32)
         spectra = np.zeros((recording.count, len(recording.names), config.bins), dtype=np.float16)
         examples: dict[int, list[ndarray]] = {}
         starts, bad = np.zeros(recording.count), np.zeros(len(recording.names), dtype=int)
@@ -180,7 +181,11 @@ def preparation_of(path: str | Path) -> Preparation:
     """How the recordings were cut that weights were trained on, as their header says; the paper's five seconds where it does not."""
     header = load_weights(path).metadata
     band = tuple(float(edge) for edge in header["band"].split()) if "band" in header else (0.1, 75.0)
-    return Preparation(window=float(header.get("window_seconds", 5.0)), band=(band[0], band[1]), scale=header.get("scale", "window"))  # type: ignore[arg-type]
+    channels = tuple(header["channels"].split("|")) if "channels" in header else None
+    return Preparation(
+        window=float(header.get("window_seconds", 5.0)), montage=header.get("montage", "auto"), channels=channels, band=(band[0], band[1]),
+        scale=header.get("scale", "window"),
+    )  # type: ignore[arg-type]  # fmt: skip
 
 
 def _collect(examples: dict[int, list[ndarray]], ids: ndarray, signal: ndarray, window: int, hop: int) -> None:
@@ -200,14 +205,13 @@ def batch(
     inputs: list[Path] = []
     for file in files:
         with report.item(file) as missing:
-            inputs += [found for found in collect_inputs([file], SUFFIXES) if found not in inputs]
+            inputs += [found for found in find_recordings(file, apart_from=targets_of("")[0].parent) if found not in inputs]
         if missing.state == "done":
             report.entries.remove(missing)
-    stems = [path.stem for path in inputs]
-    stems = [stem if stems.count(stem) == 1 else f"{path.parent.name}_{stem}_{path.suffix[1:]}" for stem, path in zip(stems, inputs, strict=True)]
+    inputs = without_twins(inputs)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bars:
-        for path, stem in zip(inputs, stems, strict=True):
+        for path, stem in zip(inputs, output_names(inputs), strict=True):
             targets = targets_of(stem)
             present = [str(target) for target in targets if target.exists()]
             if present and not overwrite:
@@ -306,7 +310,7 @@ def adjusted(
     notch: float | None,
     step: float | None = None,
 ) -> Preparation:
-    """A preparation with what the user asked for on the command line.
+    """A preparation with what the user asked for on the command line; montage ``auto`` and no channels leave those of the weights.
 
     Raises:
         UserError: no such montage, or a band that is none.
@@ -315,7 +319,8 @@ def adjusted(
         raise UserError(f"expected --montage auto, bipolar or single; got {montage}")
     if band is not None and not 0 < band[0] < band[1]:
         raise UserError(f"expected a band from a lower to a higher frequency above 0; got {band[0]:g} to {band[1]:g}")
-    changed = replace(preparation, montage=montage, channels=tuple(channels) or None, notch=notch)  # type: ignore[arg-type]
+    kept = montage if montage != "auto" else preparation.montage
+    changed = replace(preparation, montage=kept, channels=tuple(channels) or preparation.channels, notch=notch)  # type: ignore[arg-type]
     if band is not None:
         changed = replace(changed, band=band)
     if step is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,43 @@ import numpy as np
 import pandas as pd
 
 from foveal.core.errors import UserError
+from foveal.core.files import collect_inputs
 
 SUFFIXES = (".edf", ".bdf", ".gdf", ".vhdr", ".set", ".fif", ".cnt", ".eeg", ".lay", ".mff", ".xdf", ".csv")
+
+
+def find_recordings(place: str | Path, apart_from: str | Path | None = None) -> list[Path]:
+    """The recordings that a name means: a file, an EGI folder (.mff), or all that lie below any other folder, each once.
+
+    Of BrainVision's files the header (.vhdr) stands for all; tables of events (``*_events.csv``, or named as a recording beside them) are none.
+
+    Args:
+        place: what the user named.
+        apart_from: as of `foveal.core.files.collect_inputs`.
+
+    Raises:
+        UserError: no such file, or nothing to read in the folder.
+    """
+    named = Path(place)
+    if not named.is_dir():
+        return collect_inputs([named], SUFFIXES)
+    if named.suffix.lower() == ".mff":
+        return [named]
+    found = {folder for folder in named.rglob("*") if folder.suffix.lower() == ".mff" and folder.is_dir()}
+    try:
+        found |= set(collect_inputs([named], SUFFIXES, apart_from))
+    except UserError:
+        if not found:
+            raise
+    stems = {file.with_suffix("") for file in found if file.suffix.lower() != ".csv"}
+    tables = {file for file in found if file.suffix.lower() == ".csv" and (file.stem.endswith("_events") or file.with_suffix("") in stems)}
+    return without_twins(sorted(found - tables))
+
+
+def without_twins(files: Sequence[Path]) -> list[Path]:
+    """`files` without the samples (.eeg) of BrainVision recordings whose header (.vhdr) is there too."""
+    return [file for file in files if not (file.suffix.lower() == ".eeg" and file.with_suffix(".vhdr") in files)]
+
 
 _MAGIC = {b"0       ": ".edf", b"\xffBIOSEMI": ".bdf", b"GDF ": ".gdf", b"Brain Vision": ".vhdr", b"XDF:": ".xdf", b"MATLAB 5": ".set"}
 

@@ -92,7 +92,7 @@ def evaluate_command(
                 for name, found in own.items():
                     pairs[name] += found
         going.refuse_all(len(structures))
-        going.number([row["structure"] for row in rows], predicted)
+        going.number([int(row["structure"]) for row in rows], predicted)
         with atomic_write(target) as temporary:
             ase.io.write(temporary, predicted, format="extxyz")
         entry.outputs = [str(target)]

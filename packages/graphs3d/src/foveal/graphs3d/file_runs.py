@@ -110,7 +110,7 @@ def run_files(
     Raises:
         UserError: no inputs, or an output folder that cannot be written.
     """
-    inputs = collect_inputs(files, SUFFIXES, without=folder)
+    inputs = collect_inputs(files, SUFFIXES, apart_from=folder)
     output_folder(folder, overwrite)
     report = BatchReport()
     for path, stem in zip(inputs, stems(inputs), strict=True):

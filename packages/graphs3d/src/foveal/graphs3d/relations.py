@@ -130,7 +130,7 @@ def ask_command(
         UserError: no inputs, no weights, or an output that cannot be written.
     """
     folder = Path(output or "answers")
-    inputs = [] if demo else collect_inputs(sources, SUFFIXES, without=folder)
+    inputs = [] if demo else collect_inputs(sources, SUFFIXES, apart_from=folder)
     relations = Relations.from_pretrained(checkpoint, device) if checkpoint is not None or BUNDLED.exists() else None
     output_folder(folder, overwrite)
     report = BatchReport()

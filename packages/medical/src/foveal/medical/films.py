@@ -87,10 +87,10 @@ def is_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
-def collect_films(paths: Sequence[Path], without: Path | None = None) -> list[Path]:
+def collect_films(paths: Sequence[Path], apart_from: Path | None = None) -> list[Path]:
     """The films that a user named: files, and all pictures and DICOM files in and below the folders.
 
-    `without` is the folder for the results: where it lies in one that was named, what an earlier call left there is no film.
+    `apart_from` is the folder for the results: where it lies in one that was named, what an earlier call left there is no film.
 
     Raises:
         UserError: nothing there.
@@ -99,7 +99,7 @@ def collect_films(paths: Sequence[Path], without: Path | None = None) -> list[Pa
     for path in paths:
         if not path.exists():
             raise UserError(f"expected an existing file or folder; {path} does not exist; check the path")
-        inside = sorted(outside(_films_below(path), path, without)) if path.is_dir() else [path]
+        inside = sorted(outside(_films_below(path), path, apart_from)) if path.is_dir() else [path]
         if not inside:
             raise UserError(f"expected films (PNG, JPEG, TIFF, DICOM) in folder {path}; found none; name another folder or the files")
         found += inside

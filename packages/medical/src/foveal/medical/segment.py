@@ -180,10 +180,10 @@ def _of_tensor(tensor: Any) -> Volume:
     )
 
 
-def collect_scans(paths: Sequence[Path], without: Path | None = None) -> list[Path]:
+def collect_scans(paths: Sequence[Path], apart_from: Path | None = None) -> list[Path]:
     """What the user named as scans: files, folders that hold a DICOM series themselves, and all such files and folders below other folders.
 
-    `without` is the folder for the results: where it lies in one that was named, what an earlier call left there is no scan.
+    `apart_from` is the folder for the results: where it lies in one that was named, what an earlier call left there is no scan.
 
     Raises:
         UserError: nothing there.
@@ -192,7 +192,7 @@ def collect_scans(paths: Sequence[Path], without: Path | None = None) -> list[Pa
     for path in paths:
         if not path.exists():
             raise UserError(f"expected an existing file or folder; {path} does not exist; check the path")
-        inside = outside(_scans_below(path), path, without) if path.is_dir() else [path]
+        inside = outside(_scans_below(path), path, apart_from) if path.is_dir() else [path]
         if not inside:
             raise UserError(f"expected images (NIfTI, NRRD, DICOM, PNG) in folder {path}; found none; name another folder or the files")
         found += inside

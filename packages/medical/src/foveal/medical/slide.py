@@ -167,7 +167,7 @@ def slide_command(
 ) -> int:  # fmt: skip
     """Extract and classify; a slide that fails does not stop the others. Returns the exit code."""
     folder = output or Path("slides")
-    places = collect_inputs(slides, (*SLIDES, *HDF5), without=folder)
+    places = collect_inputs(slides, (*SLIDES, *HDF5), apart_from=folder)
     if batch < 1:
         raise UserError(f"expected --batch of at least 1; got {batch}")
     if features_only == (checkpoint is not None):

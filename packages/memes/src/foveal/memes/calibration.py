@@ -112,8 +112,11 @@ def fit(
         review_share: share of memes that people can look at; it replaces `recall`: the memes nearest to the flagged ones are reviewed.
 
     Raises:
-        UserError: fewer than 30 memes, or only one class among them.
+        UserError: fewer than 30 memes, or only one class among them; a share that is none.
     """
+    for name, share in (("precision", precision), ("recall", recall), ("review share", review_share)):
+        if share is not None and not 0 <= share <= 1:
+            raise UserError(f"expected a {name} from 0 to 1; got {share:g}")
     labels = np.asarray(labels).astype(int)
     if len(labels) < FEWEST or len(np.unique(labels)) < 2:
         raise UserError(

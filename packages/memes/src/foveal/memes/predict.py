@@ -420,6 +420,8 @@ def calibrate_command(
     """
     if output.exists() and not overwrite:
         raise UserError(f"{output} already exists; pass --overwrite to replace it, or choose another -o/--output")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"expected an existing folder for the output; {output.parent} is none; create it or choose another -o/--output")
     items = [item for item in collect_items(sources, images=images, label_column=label_column, **(columns or {})) if item.label is not None]  # type: ignore[arg-type]
     scorer = _scorer(checkpoint, None, None, 0, cache, device)
     decided = scorer.network.config.decided

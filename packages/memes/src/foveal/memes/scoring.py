@@ -46,8 +46,16 @@ class ScorerConfig:
 
     @property
     def decided(self) -> str:
-        """The task that decisions are about."""
-        return next(task for task, names in self.classes.items() if len(names) == 2)
+        """The task that decisions are about.
+
+        Raises:
+            UserError: no task has two classes.
+        """
+        found = next((task for task, names in self.classes.items() if len(names) == 2), None)
+        if found is None:
+            sizes = ", ".join(f"{task} has {len(names)}" for task, names in self.classes.items())
+            raise UserError(f"expected a task of two classes, which decisions are about; {sizes}; train one beside them")
+        return found
 
 
 class Network:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from foveal.audio.checkpoints import hifigan, mambattention, tiger, transformer_tts, vocos
 from foveal.core.errors import UserError
 from foveal.core.official import Conversion, read_official, state_dict_of
-from foveal.core.systems import PublishedSystems, System
+from foveal.core.systems import PublishedSystems, System, hub_folder
 
 _LAYOUTS = {"espnet": transformer_tts.SPEECH, "soobinseo": transformer_tts.CONCATENATING}
 
@@ -26,22 +26,34 @@ class _Systems(PublishedSystems):
     def load_official(
         self, system: str, source: str | Path | Mapping[str, Tensor], keywords: Mapping[str, Any] | None = None
     ) -> tuple[nn.Module, Conversion]:
-        if system == transformer_tts.SPEECH.system.name and keywords and "layout" in keywords:
-            keywords = dict(keywords)
-            layout = keywords.pop("layout")
-            if layout not in _LAYOUTS:
-                raise UserError(f"expected a layout of {system} ({', '.join(_LAYOUTS)}); got {layout!r}")
-            system = _LAYOUTS[layout].system.name
-        if system == hifigan.VOCODER.system.name and not (isinstance(source, (str, Path)) and Path(source).is_dir()):
+        system, keywords = _of_layout(system, keywords)
+        if system == hifigan.VOCODER.system.name:
             if not isinstance(source, Mapping):
-                keywords = {**hifigan.published_config(source), **(keywords or {})}
-                source = state_dict_of(read_official(source))
+                file, published = hub_folder(source) if Path(source).is_dir() else (source, hifigan.published_config(source))
+                source, keywords = state_dict_of(read_official(file)), {**published, **keywords}
             source = hifigan.fold_weight_norm(source)
         return super().load_official(system, source, keywords)
+
+    def convert(
+        self, system: str, source: str | Path, target: str | Path, back: bool = False, keywords: Mapping[str, Any] | None = None
+    ) -> Conversion:
+        system, keywords = _of_layout(system, keywords)
+        return super().convert(system, source, target, back, keywords)
 
     def to_official(self, system: str, model: nn.Module) -> Conversion:
         conversion = super().to_official(system, model)
         return replace(conversion, state=hifigan.unfold_weight_norm(conversion.state)) if system == hifigan.VOCODER.system.name else conversion
+
+
+def _of_layout(system: str, keywords: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
+    """The system that a layout among the keywords asks for, and the other keywords."""
+    others = dict(keywords or {})
+    if system == transformer_tts.SPEECH.system.name and "layout" in others:
+        layout = others.pop("layout")
+        if layout not in _LAYOUTS:
+            raise UserError(f"expected a layout of {system} ({', '.join(_LAYOUTS)}); got {layout!r}")
+        system = _LAYOUTS[layout].system.name
+    return system, others
 
 
 _PUBLISHED = _Systems("audio", tiger.SPEECH, tiger.CINEMATIC, mambattention.MAMBATTENTION, *_LAYOUTS.values(), hifigan.VOCODER, vocos.VOCODER)

@@ -127,6 +127,11 @@ def _build_cinematic(config: TIGERConfig, official: Mapping[str, Tensor] | None)
     return TIGER(config) if one else TIGERCinematic(config)
 
 
+def _restored_cinematic(config: TIGERConfig, state: Mapping[str, Tensor]) -> TIGER | TIGERCinematic:
+    """As `_build_cinematic`, of our keys."""
+    return TIGERCinematic(config) if any(key.startswith("branches.") for key in state) else TIGER(config)
+
+
 SPEECH = Adapter(
     system=System(
         name="tiger",
@@ -160,4 +165,5 @@ CINEMATIC = Adapter(
     keywords=_KEYWORDS,
     defaults={"window": 2048, "hop": 512, "channels": 132, "sources": 3, "sample_rate": 44_100, "bands": CINEMATIC_BANDS},
     ignored=_IGNORED,
+    restored=_restored_cinematic,
 )

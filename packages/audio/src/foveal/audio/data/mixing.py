@@ -199,14 +199,18 @@ def _tensor(signal: np.ndarray) -> torch.Tensor:
 
 def read_signal(path: Path, sample_rate: int) -> np.ndarray:
     """(samples, channels), float32, full scale 1, at `sample_rate`; the last few hundred files are kept in memory."""
-    return _decoded(path, sample_rate).astype(np.float32) / 32768
+    signal = _decoded(path, sample_rate)
+    return signal.astype(np.float32) / (32768 if signal.dtype == np.int16 else 1)
 
 
 @lru_cache(maxsize=512)
 def _decoded(path: Path, sample_rate: int) -> np.ndarray:
     # 512 recordings of 12 s are 200 MB in each worker: a sample of a corpus stays in memory, a whole one streams through
     try:
-        signal, rate = soundfile.read(path, dtype="int16", always_2d=True)
+        with soundfile.SoundFile(path) as file:
+            # whole numbers out of a floating-point file would be its samples unscaled: all zeros
+            kind, rate = "float32" if file.subtype in ("FLOAT", "DOUBLE") else "int16", file.samplerate
+            signal = file.read(dtype=kind, always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         raise UserError(f"expected an audio file; {path} cannot be read ({str(error).splitlines()[0]}); remove or replace it") from None
     return signal if rate == sample_rate else soxr.resample(signal, rate, sample_rate)

@@ -22,7 +22,7 @@ CLASSES = ("house", "face")
 
 
 class N170(WindowsDataModule):
-    """Epochs around the pictures, or with `seconds` alone the recordings cut in pieces.
+    """Epochs around the pictures, or with `continuous` the recordings cut in pieces.
 
     Args:
         root: folder with subjectN/sessionM/*.csv.

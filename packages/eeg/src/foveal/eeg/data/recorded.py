@@ -16,10 +16,9 @@ import torch
 from torch.utils.data import Dataset
 
 from foveal.core.errors import UserError
-from foveal.core.files import collect_inputs
 from foveal.eeg import events as event_files
 from foveal.eeg.data.windows import TARGET_RATE, Splits, Window, WindowsDataModule, prepare_array, split_groups
-from foveal.eeg.recordings import SUFFIXES, open_recording
+from foveal.eeg.recordings import find_recordings, open_recording
 from foveal.eeg.streaming import Preparation, WindowedRecording
 
 _OPEN = 8  # recordings kept open
@@ -132,7 +131,7 @@ class EventsTable(WindowsDataModule):
 
     def find(self) -> Splits:
         """Every event, or every window, of the recordings that have a table."""
-        marked = [(file, table) for file in collect_inputs([self.root], SUFFIXES) if (table := self._table(file)) is not None]
+        marked = [(file, table) for file in find_recordings(self.root) if (table := self._table(file)) is not None]
         if not marked:
             raise UserError(f"expected recordings with NAME_events.tsv beside them below {self.root}; found none; add the tables")
         events = {file: event_files.read_events(table) for file, table in marked}

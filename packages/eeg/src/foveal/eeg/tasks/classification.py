@@ -113,6 +113,15 @@ class _TokenTask(pl.LightningModule):
         self.learning_rate, self.final_learning_rate, self.warmup = learning_rate, final_learning_rate, warmup
         self.weight_decay, self.betas = weight_decay, betas
 
+    def _tokens(self, batch: Window) -> Int[Tensor, "batch channels frames"]:
+        config, (_, channels, _) = self.network.config, batch.signal.shape
+        if channels > config.channels:
+            raise UserError(
+                f"expected windows of up to {config.channels} channels, as the network has; got {channels} ({batch.name[0]}); "
+                "set network.init_args.config.channels, or choose channels of the data"
+            )
+        return self.tokenizer(batch.signal)
+
     def configure_optimizers(self) -> Any:
         """AdamW and the schedule, step by step."""
         optimizer = torch.optim.AdamW(self.network.parameters(), self.learning_rate, self.betas, weight_decay=self.weight_decay)
@@ -165,9 +174,20 @@ class ClassificationTask(_TokenTask):
         self.measured = nn.ModuleDict({part: metrics_for(kind, classes) for part in ("val", "test")})
         self._confusion = torch.zeros(max(classes, 2), max(classes, 2), dtype=torch.long)
 
+    def setup(self, stage: str) -> None:
+        """Compare the data's classes with the network's."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        classes = getattr(getattr(data, "splits", None), "classes", None)
+        expected = 2 if self.kind == "binary" else self.network.head.out_features
+        if classes is not None and len(classes) != expected:
+            raise UserError(
+                f"expected data of {expected} classes, as the network and kind {self.kind} have; got {len(classes)} "
+                f"({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}); set network.init_args.config.classes"
+            )
+
     def forward(self, batch: Window) -> Float[Tensor, "batch classes"]:
         """Logits, float32."""
-        return self.network(self.tokenizer(batch.signal), batch.present).float()
+        return self.network(self._tokens(batch), batch.present).float()
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """(batch, classes), or (batch,) of the positive class."""
@@ -269,7 +289,7 @@ class MaskedTokenTask(_TokenTask):
 
     def forward(self, batch: Window) -> Tensor:
         """Logits of every token, none hidden."""
-        return self.network.predict_tokens(self.tokenizer(batch.signal), batch.present)
+        return self.network.predict_tokens(self._tokens(batch), batch.present)
 
     def training_step(self, batch: Window, index: int) -> Tensor:
         """Both views."""
@@ -288,7 +308,7 @@ class MaskedTokenTask(_TokenTask):
     test_step = validation_step
 
     def _both(self, batch: Window) -> tuple[Tensor, Tensor]:
-        ids = self.tokenizer(batch.signal)
+        ids = self._tokens(batch)
         there = batch.present[..., None].expand_as(ids)
         hidden = torch.rand(ids.shape).to(ids.device) < self.hide
         losses, right, count = [], 0.0, 0

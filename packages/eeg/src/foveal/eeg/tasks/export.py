@@ -46,14 +46,17 @@ def export(checkpoint: str | Path, target: str | Path, metadata: dict[str, str],
 
 
 def of_run(settings: dict[str, Any]) -> dict[str, str]:
-    """What a run's config itself says for the header: how its data cut recordings, and of a classifier its kind, tokenizer and classes."""
+    """What a run's config itself says for the header: how its data cut recordings, and of a classifier its kind, tokenizer, classes and channels."""
     model, data = (settings[part].get("init_args") or {} for part in ("model", "data"))
     band, classes, tokenizer = data.get("band"), data.get("classes"), model.get("tokenizer")
+    classifier, channels, montage = "kind" in model, data.get("channels"), data.get("montage", "auto")  # a tokenizer reads any channel
     said = {
         "window_seconds": data.get("window", data.get("seconds")),
         "band": None if band is None else f"{band[0]:g} {band[1]:g}",
         "scale": data.get("scale"),
         "classes": None if classes is None else "|".join(classes),
+        "montage": montage if classifier and montage != "auto" else None,
+        "channels": "|".join(channels) if classifier and channels else None,
         "kind": model.get("kind"),
         "tokenizer": None if tokenizer is None else Path(tokenizer).name,
     }

@@ -46,6 +46,12 @@ def _build(config: PublishedConfig, official: Mapping[str, Tensor] | None) -> nn
     return PublishedTCRNet(config, _encoders(config)) if whole else PublishedFusion(config)
 
 
+def _restored(config: PublishedConfig, state: Mapping[str, Tensor]) -> nn.Module:
+    """As `_build`, of our keys."""
+    whole = any(key.startswith("encoders.") for key in state)
+    return PublishedTCRNet(config, _encoders(config)) if whole else PublishedFusion(config)
+
+
 def _official_name(key: str) -> str:
     """The authors' name of a tensor of ours."""
     if key.startswith("encoders."):
@@ -83,4 +89,5 @@ TCRNET = Adapter(
     keywords={"num_labels": "classes", "hidden": "width", "heads": "heads", "bert": "bert", "vit": "vit", "mpnet": "mpnet"},
     unused={r".*\.position_ids": "a constant table of positions"},
     renames=_VIT_NAMES,
+    restored=_restored,
 )

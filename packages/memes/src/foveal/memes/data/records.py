@@ -61,6 +61,11 @@ def _cell(value: Any) -> str:
     return "" if value is None or value is pandas.NA or (isinstance(value, float) and value != value) else str(value).strip()
 
 
+def _rows_of(jsonl: Path) -> list[str]:
+    # str.splitlines would also cut at U+2028 and others, which JSON may have inside a text
+    return jsonl.read_text(encoding="utf-8-sig").split("\n")
+
+
 def read_rows(path: str | Path) -> list[dict[str, str]]:
     """The rows of a csv, tsv, jsonl or xlsx file, every cell as text.
 
@@ -71,7 +76,7 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
     readers: dict[str, Callable[[], pandas.DataFrame]] = {
         ".csv": lambda: pandas.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig"),
         ".tsv": lambda: pandas.read_csv(file, dtype=str, keep_default_na=False, sep="\t", quoting=3, encoding="utf-8-sig"),
-        ".jsonl": lambda: pandas.DataFrame([json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]),
+        ".jsonl": lambda: pandas.DataFrame([json.loads(line) for line in _rows_of(file) if line.strip()]),
         ".xlsx": lambda: pandas.read_excel(file, dtype=str, keep_default_na=False, na_values=[]),
     }
     if file.suffix.lower() not in readers:
@@ -227,7 +232,7 @@ def read_mami(file: str | Path) -> list[Meme]:
 def _lines(file: str | Path, needed: Sequence[str] = ()) -> list[dict[str, Any]]:
     path = Path(file)
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [json.loads(line) for line in _rows_of(path) if line.strip()]
     except OSError as error:
         raise UserError(f"expected a jsonl file; {path}: {error.strerror}; check the path") from None
     except ValueError as error:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from foveal.core.errors import UserError
 from foveal.memes.calibration import expected_calibration_error, fit_temperature
-from foveal.memes.data.features import NO_LABEL, Batch, Encoding
+from foveal.memes.data.features import NO_LABEL, Batch, Encoding, MemeFeatures
 from foveal.memes.models.tcrnet import Fused, TCRNet, TCRNetConfig, Tokens
 from foveal.memes.tasks.report import MemeReport, scores_of
 
@@ -78,6 +78,26 @@ class MemeTask(pl.LightningModule):
         self.class_weights: dict[str, Tensor] = {}
         self._collected: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
         self._validated: MemeReport | None = None
+
+    def setup(self, stage: str) -> None:
+        """Compare the data's vectors, tasks and labels with the network's."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, MemeFeatures):
+            return
+        if data.encoding != self.encoding:
+            raise UserError(f"expected one encoding in model and data, which weights and vectors share; got {self.encoding} and {data.encoding}")
+        asked, given = set(self.network.config.streams), set(self.encoding.streams)
+        if given - asked or (asked - given and not self.network.config.absent):
+            raise UserError(
+                f"expected network.widths of the encoding's streams, {', '.join(sorted(given))}; got {', '.join(sorted(asked))}; mend one"
+            )
+        missing = [task for task in self.classes if task not in data.tasks]
+        if missing:
+            raise UserError(f"expected the data's tasks ({', '.join(data.tasks)}) to hold those of the network; {', '.join(missing)} lack; mend one")
+        for part in (getattr(data, name, None) for name in ("train", "validation", "test")):
+            for task, names in self.classes.items():
+                if part is not None and len(part) and int(part.labels[task].max()) >= len(names):
+                    raise UserError(f"expected labels of {task} from 0 to {len(names) - 1}, as it has classes; got {int(part.labels[task].max())}")
 
     def forward(self, batch: Batch) -> Fused:
         """Logits of every task."""
