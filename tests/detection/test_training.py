@@ -65,7 +65,7 @@ def test_every_config_runs_for_two_batches(config: str, shapes: Path, tmp_path: 
     assert 0 <= float(cli.trainer.callback_metrics["val/AP"]) <= 1
 
 
-def test_muon_turns_the_weights_between_and_leaves_depthwise_kernels_and_answers_to_adam() -> None:
+def test_muon_turns_all_kernels_and_leaves_answers_and_norms_to_adam() -> None:
     task = DetectionTask(YOLOv13Config("n", classes=2), optimizer="muon")
     groups = task.configure_optimizers().param_groups
     kinds = {id(parameter): group["kind"] for group in groups for parameter in group["params"]}
@@ -74,7 +74,7 @@ def test_muon_turns_the_weights_between_and_leaves_depthwise_kernels_and_answers
     assert sum(len(group["params"]) for group in groups) == len(kinds) == len(trained)
     expected = {
         "head.box.0.1.conv.weight": "kernels", "hyperace.first_branch.hypergraph.pre_head_proj.weight": "kernels",
-        "head.box.0.2.weight": "others", "head.score.0.2.weight": "others", "head.score.0.0.0.conv.weight": "others",
+        "head.box.0.2.weight": "others", "head.score.0.2.weight": "others", "head.score.0.0.0.conv.weight": "kernels",
         "head.box.0.0.norm.bias": "others",
     }  # fmt: skip
     assert {name: kinds[id(trained[name])] for name in expected} == expected

@@ -36,7 +36,7 @@ class DetectionTask(pl.LightningModule):
     Args:
         config: of the network; its classes must be as many as the data's.
         weights: file to start from. Layers of another shape, such as those of another number of classes, keep their random start.
-        optimizer: "sgd", "adamw", or "muon": Muon for the weights between a first and a last layer of the network, Adam for all else.
+        optimizer: "sgd", "adamw", or "muon": Muon for all kernels but those of the layers that answer, Adam for all else.
         learning_rate: highest.
         matrix_learning_rate: highest of Muon.
         final_share: last learning rate over the highest.
@@ -142,12 +142,12 @@ class DetectionTask(pl.LightningModule):
 
     def _muon(self) -> Muon:
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        # The layers that answer have biases where all others have norms. A depthwise kernel mixes no channels: it is no matrix.
+        # The layers that answer have biases where all others have norms. A depthwise kernel is turned as (channels, places) and learns much faster.
         answering = {id(module.weight) for module in self.network.modules() if isinstance(module, nn.Conv2d) and module.bias is not None}
         kernels = {
             id(parameter): parameter
             for parameter in parameters
-            if parameter.dim() > 1 and parameter.shape[1] > 3 and len(parameter) >= 16 and id(parameter) not in answering
+            if parameter.dim() > 1 and len(parameter) >= 16 and parameter[0].numel() > 3 and id(parameter) not in answering
         }
         others = [parameter for parameter in parameters if id(parameter) not in kernels]
         made = Muon(
