@@ -17,6 +17,7 @@ from foveal.core.checkpoint import save_weights
 from foveal.core.errors import UserError
 from foveal.detection import Detections, Detector, YOLOv13, YOLOv13Config
 from foveal.detection.data.pictures import read_picture, size_of
+from foveal.detection.detect import result_names
 from foveal.detection.models.inference import inference_form
 from foveal.detection.plots import draw, draw_areas, draw_hyperedges
 from foveal.detection.predict import Options, _starts
@@ -246,6 +247,36 @@ def test_a_folder_with_a_video_gives_every_format_and_is_kept_the_second_time(
     assert all(entry["score"] >= 0.3 for entry in content["objects"])
     assert run([*command, "--format", "json", "--format", "yolo", "--json"]) == 0
     assert {entry["state"] for entry in json.loads(capsys.readouterr().out)["files"]} == {"kept"}
+
+
+def test_what_was_looked_at_is_never_replaced_nor_removed(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.fromarray(_noise(48, 64)).save(tmp_path / "a.jpg")
+    writer = cv2.VideoWriter(str(tmp_path / "clip.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10, (64, 48))
+    for _ in range(3):
+        writer.write(_noise(48, 64))
+    writer.release()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    options = ["--checkpoint", str(weights), "-o", str(tmp_path), "--device", "cpu"]
+    for file, more in (("a.jpg", []), ("a.jpg", ["--overwrite"]), ("clip.mp4", ["--overwrite"])):
+        assert run(["detection", "detect", str(tmp_path / file), *options, *more]) == 2
+        assert "would be replaced" in capsys.readouterr().err
+    assert run(["detection", "detect", str(tmp_path / "clip.mp4"), *options, "--no-pictures"]) == 0
+    assert (tmp_path / "clip.jsonl").exists()
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_results_inside_the_named_folder_are_no_pictures_to_look_at(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.fromarray(_noise(48, 64)).save(tmp_path / "a.png")
+    command = ["detection", "detect", str(tmp_path), "--checkpoint", str(weights), "-o", str(tmp_path / "found"), "--device", "cpu", "--json"]
+    for state in ("done", "kept"):
+        assert run(command) == 0
+        assert [entry["state"] for entry in json.loads(capsys.readouterr().out)["files"]] == [state]
+
+
+def test_every_file_has_results_of_its_own_name(tmp_path: Path) -> None:
+    files = [tmp_path / top / "day" / "left" / name for top in ("one", "two") for name in ("a.jpg", "A.jpg")]
+    names = [name.lower() for name in result_names(files).values()]
+    assert len(set(names)) == 4
 
 
 def test_coco_output_is_read_by_pycocotools(weights: Path, tmp_path: Path) -> None:

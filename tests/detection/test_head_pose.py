@@ -239,6 +239,26 @@ def test_weights_of_yolov5_are_taken_over_but_for_the_head(tmp_path: Path) -> No
     torch.save({"model.0.conv.conv.weight": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="nothing in"):
         start_from(network, str(tmp_path / "other.pt"))
+    with pytest.raises(UserError, match=r"do not fit; choose another file, or model\.config\.width"):
+        start_from(DirectMHP(DirectMHPConfig(0.25)), str(tmp_path / "yolov5s6.pt"))
+
+
+def test_sizes_that_a_file_does_not_tell_are_the_pictures(folder: Path) -> None:
+    file = next((folder / "annotations").glob("*.json"))
+    content = json.loads(file.read_text())
+    told = [(entry.pop("width"), entry.pop("height")) for entry in content["images"]]
+    file.write_text(json.dumps(content))
+    pictures = next(path for path in (folder / "images").iterdir() if (path / content["images"][0]["file_name"]).is_file())
+    assert [picture.size for picture in read_heads(file, pictures)] == told
+
+
+def test_a_picture_is_not_replaced_by_its_own_result(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.jpg")
+    before = (tmp_path / "a.jpg").read_bytes()
+    command = ["detection", "head-pose", str(tmp_path / "a.jpg"), "-o", str(tmp_path), "--checkpoint", str(weights), "--device", "cpu", "--overwrite"]
+    assert run(command) == 2
+    assert "would be replaced" in capsys.readouterr().err
+    assert (tmp_path / "a.jpg").read_bytes() == before
 
 
 @pytest.fixture

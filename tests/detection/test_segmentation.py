@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,13 @@ def test_authors_weights_of_other_classes_are_taken_over_but_for_the_heads(golde
     assert left == ["detail_head.second.conv.bias", "detail_head.second.conv.weight", "head.second.conv.bias", "head.second.conv.weight"]
     with pytest.raises(UserError, match="nothing in"):
         start_from(BEVANet(TINY), _other(tmp_path))
+
+
+def test_weights_of_another_width_are_refused_although_their_counters_fit(tmp_path: Path) -> None:
+    wider = BEVANet(replace(TINY, channels=2 * TINY.channels))
+    file = save_weights(tmp_path / "wider.safetensors", wider.state_dict(), system="bevanet", config=wider.config)
+    with pytest.raises(UserError, match=r"do not fit; choose another file, or model\.config\.channels"):
+        start_from(BEVANet(TINY), str(file))
 
 
 def _other(folder: Path) -> str:

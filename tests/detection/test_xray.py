@@ -12,11 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from foveal.apps.main import run
+from foveal.core.checkpoint import save_weights
 from foveal.core.cli import FovealCLI
 from foveal.core.errors import UserError
 from foveal.detection.data.projection import CLEAR, Crop, Scene, drawn_bag, drawn_crops, project, read_crops
 from foveal.detection.data.xray import CLASSES, CocoScenes, MadeScenes, XRayData, XRaySet, together, write_scenes
 from foveal.detection.metrics import average_precision
+from foveal.detection.models.sdanet import SDANet, SDANetConfig
+from foveal.detection.tasks.xray import XRayTask
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "detection"
 
@@ -173,3 +177,59 @@ def test_labels_of_crowds_and_empty_masks_are_left_out(pidray: Path, tmp_path: P
     (tmp_path / "labels.json").write_text(json.dumps({**content, "annotations": [*content["annotations"], *extra]}))
     before = CocoScenes(pidray / "annotations" / "xray_train.json", pidray / "train").scene(0)
     assert CocoScenes(tmp_path / "labels.json", pidray / "train").scene(0).labels == before.labels
+
+
+def _options(*more: str, config: str = "sdanet_small") -> list[str]:
+    options = ["--config", str(CONFIGS / f"{config}.yaml"), "--trainer.enable_progress_bar", "false", "--data.init_args.side", "64"]
+    options += ["--trainer.accelerator", "cpu", "--data.init_args.workers", "0", "--data.init_args.batch_size", "2"]
+    options += ["--model.init_args.config.depth", "18", "--model.init_args.config.proposals", "4", "--model.init_args.config.detections", "2"]
+    return [*options, "--model.init_args.config.score", "0.0", *more]
+
+
+def test_scenes_that_project_writes_are_trained_and_measured_on(tmp_path: Path) -> None:
+    for seed, name in enumerate(("scenes", "more scenes")):
+        assert run(["detection", "project", "-o", str(tmp_path / name), "--count", "3", "--side", "64", "--seed", str(seed)]) == 0
+    data = ["--data.source", str(tmp_path / "scenes")]
+    with pytest.raises(UserError, match=r"data\.test_source"):
+        FovealCLI("detection", ["test", *_options(*data)])
+    data += ["--data.test_source", str(tmp_path / "more scenes")]
+    cli = FovealCLI("detection", ["fit", *_options(*data, "--trainer.fast_dev_run", "1")])
+    assert np.isfinite(float(cli.trainer.callback_metrics["train/loss"]))
+    assert 0 <= float(cli.trainer.callback_metrics["val/AP"]) <= 1
+
+
+def test_converted_weights_are_measured_and_other_conventions_and_classes_are_refused(pidray: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = SDANet(SDANetConfig(depth=18))
+    file = save_weights(tmp_path / "sdanet.safetensors", network.state_dict(), system="sdanet", config=network.config)
+    task = XRayTask(SDANetConfig(depth=18), weights=str(file))
+    assert all(torch.equal(value, network.state_dict()[key]) for key, value in task.network.state_dict().items())
+    fewer = XRayTask(SDANetConfig(depth=18, classes=3), weights=str(file)).network
+    assert torch.equal(fewer.boxes[0].hidden[1].weight, network.boxes[0].hidden[1].weight)
+    with pytest.raises(UserError, match="convention pixels"):
+        XRayTask(SDANetConfig(depth=18, convention="edges"), weights=str(file))
+    source = ["--data.source", str(pidray)]
+    with pytest.raises(UserError, match=r"data\.convention edges"):
+        FovealCLI("detection", ["fit", *_options(*source, "--model.init_args.config.convention", "edges")])
+    with pytest.raises(UserError, match=r"model\.config\.classes 12"):
+        FovealCLI("detection", ["fit", *_options(*source, "--model.init_args.config.classes", "3")])
+
+
+def test_several_processes_are_measured_on_all_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, scenes = XRayTask(SDANetConfig(depth=18)), MadeScenes(3, drawn_crops(CLASSES), CLASSES, side=64)
+    perfect = [{**part, "score": 0.9} for part in scenes.truth["annotations"]]
+    boxes = [{key: part[key] for key in ("image_id", "category_id", "score", "bbox")} for part in perfect]
+    masks = [{key: part[key] for key in ("image_id", "category_id", "score", "segmentation")} for part in perfect]
+    dealt = ((1, 3), (2, 1))
+    shares = [tuple({0: [one for one in found if one["image_id"] in part]} for found in (boxes, masks)) for part in dealt]
+    logged: dict[str, float] = {}
+
+    class Trainer:
+        world_size = 2
+        datamodule = type("Data", (), {"measured": {"made": scenes}})()
+
+    task._trainer = Trainer()  # type: ignore[assignment]
+    monkeypatch.setattr(task, "log", lambda name, value, **how: logged.update({name: value}))
+    monkeypatch.setattr("torch.distributed.all_gather_object", lambda filled, own: filled.__setitem__(slice(None), shares))
+    task._figures("val")
+    assert logged == {"val/AP": pytest.approx(1.0), "val/mask_AP": pytest.approx(1.0)}

@@ -231,3 +231,26 @@ def test_an_empty_file_is_named_and_what_exists_is_kept(tmp_path, capsys):
 def test_files_of_one_stem_get_results_of_their_own(tmp_path):
     paths = [tmp_path / "a" / "cu.cif", tmp_path / "b" / "cu.cif", tmp_path / "cu.xyz", tmp_path / "al.xyz"]
     assert stems(paths) == ["cu_cif_1", "cu_cif_2", "cu_xyz", "al"]
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "relax", "md", "label", "eos"])
+def test_a_structure_that_cannot_be_computed_does_not_stop_the_others_of_its_file(verb, weights, tmp_path, capsys):
+    """EMT knows no iron, the network of the tests no element above its own."""
+    good = ase.build.bulk("Cu", "fcc", a=3.6) if verb in ("label", "eos") else ase.Atoms("H", positions=[[0, 0, 0]])
+    bad = ase.build.bulk("Fe", "bcc", a=2.9) if verb in ("label", "eos") else ase.Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.001]])
+    ase.io.write(tmp_path / "mixed.traj", [good, bad, good])
+    more = {"md": ["--time", "0.002", "--equilibration", "0"], "label": ["--method", "emt"], "eos": ["--method", "emt", "--no-relax"]}.get(verb, [])
+    more += [] if verb in ("label", "eos") else ["--checkpoint", str(weights), "--device", "cpu"]
+    assert run(["graphs3d", verb, str(tmp_path / "mixed.traj"), "-o", str(tmp_path / "out"), *more, "--json"]) == 2
+    (entry,) = json.loads(capsys.readouterr().out)["files"]
+    assert "structure 1: expected" in entry["message"]
+    assert "the other structures are written" in entry["message"]
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    endings = {"evaluate": "predicted.extxyz", "relax": "relaxed.extxyz", "label": "labelled.extxyz"}
+    if verb in endings:
+        frames = ase.io.read(tmp_path / "out" / f"mixed_{endings[verb]}", ":")
+        assert [frame.info["structure"] for frame in frames] == [0, 2]
+    else:
+        assert {f"mixed_0_{verb}.csv", f"mixed_2_{verb}.csv", f"mixed_{verb}.json"} <= written
+        assert f"mixed_1_{verb}.csv" not in written
+        json.loads((tmp_path / "out" / f"mixed_{verb}.json").read_text(), parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))

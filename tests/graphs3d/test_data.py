@@ -123,6 +123,26 @@ def test_batches_stay_within_their_edges_and_hold_every_structure_once():
     assert len(EdgeBatches([500, 500], 8, 100)) == 2
 
 
+def test_every_epoch_has_as_many_batches_as_the_first():
+    """Lightning counts them once: an epoch with fewer would go without its validation, one with more without its last batches."""
+    edges = np.random.default_rng(1).integers(1, 60, 60).tolist()
+    packing = EdgeBatches(edges, 8, 100)
+    counts, orders = set(), set()
+    for epoch in range(12):
+        packing.set_epoch(epoch)
+        batches = packing.batches()
+        counts.add(len(batches))
+        orders.add(tuple(index for batch in batches for _, index in batch))
+        assert sorted(index for batch in batches for _, index in batch) == list(range(60))
+        assert all(sum(edges[index] for _, index in batch) <= 100 and len(batch) <= 8 for batch in batches)
+    assert len(counts) == 1
+    assert len(orders) == 12
+    resumed = EdgeBatches(edges, 8, 100)
+    resumed.set_epoch(5)
+    packing.set_epoch(5)
+    assert resumed.batches() == packing.batches()
+
+
 @pytest.fixture
 def shares(monkeypatch):
     """What each of three processes is given."""

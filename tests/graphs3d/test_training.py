@@ -17,11 +17,14 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from safetensors import safe_open
 
+from foveal.core.checkpoint import save_weights
 from foveal.core.cli import FovealCLI
 from foveal.core.errors import UserError
 from foveal.graphs3d.calculator import FovealCalculator
+from foveal.graphs3d.checkpoints.terms import EnergyTerms
 from foveal.graphs3d.data.labelled import Corruption, LabelledGraphs, collate_labelled
 from foveal.graphs3d.models.equiformer_v3 import EquiformerV3, EquiformerV3Config
+from foveal.graphs3d.tasks.export import export
 from foveal.graphs3d.tasks.potential import PotentialTask
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "graphs3d").glob("*.yaml"))
@@ -167,6 +170,75 @@ def test_fine_tuning_starts_with_the_right_mean_energy(files, weights):
     assert float(kept.model.references[29]) == -3.0
 
 
+def test_fine_tuning_trains_with_the_networks_dropout(files, tmp_path):
+    task = PotentialTask(EquiformerV3(EquiformerV3Config(**SMALL, max_elements=60, drop_path=0.5)))
+    file = task.write(tmp_path / "dropping.safetensors")
+    assert all(module.training for module in PotentialTask(weights=str(file)).network.modules()), "Lightning leaves the mode as it is"
+
+
+def test_weights_are_measured_in_ev_without_training(files, weights):
+    """`validate` and `test` without a checkpoint answer for the weights that the config names."""
+    config = settings(files, {"network": None, "weights": str(weights)})
+    tested = run(files, "test", config).trainer.callback_metrics
+    calculator, frames = FovealCalculator.from_pretrained(weights, device="cpu"), copper(3, 100)
+    errors = [abs(calculator.batch([atoms])[0]["energy"] - atoms.get_potential_energy()) / len(atoms) for atoms in frames]
+    assert float(tested["test/hot/energy_mae"]) == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+def test_the_direct_form_keeps_a_scale_of_forces_of_its_own(files, tmp_path):
+    """As converted OC20 checkpoints have it: their forces are divided by another number than their energies."""
+    torch.manual_seed(0)
+    config = EquiformerV3Config(**SMALL, max_elements=60, direct=True)
+    header = EnergyTerms(20.0, {"Cu": -3.0}, forces_scale=3.0).header()
+    file = save_weights(tmp_path / "oc20.safetensors", EquiformerV3(config).state_dict(), system="equiformer_v3", config=config, metadata=header)
+    cli = run(files, "fit", settings(files, {"network": None, "weights": str(file), "learning_rate": 0.0}), "--trainer.max_epochs", "1")
+    before, after = (FovealCalculator.from_pretrained(one, device="cpu") for one in (file, cli.run_folder / "potential.safetensors"))
+    atoms = copper(1)[0]
+    assert np.allclose(before.batch([atoms])[0]["forces"], after.batch([atoms])[0]["forces"], rtol=1e-6, atol=1e-9)
+    assert (after.scale, after.forces_scale) == (20.0, 3.0)
+    exported = FovealCalculator.from_pretrained(export(cli.run_folder / "checkpoints" / "best.ckpt", tmp_path / "half.safetensors"), device="cpu")
+    assert (exported.scale, exported.forces_scale) == (20.0, 3.0)
+
+
+def test_a_checkpoint_from_before_forces_had_a_scale_of_their_own_loads(weights):
+    task = PotentialTask(weights=str(weights))
+    state = task.state_dict()
+    del state["forces_scale"]
+    task.forces_scale.fill_(7.0)
+    task.load_state_dict(state)
+    assert float(task.forces_scale) == float(task.scale) == 2.0
+
+
+def test_rare_elements_have_references_after_fine_tuning(files, weights, monkeypatch):
+    monkeypatch.setattr("foveal.graphs3d.tasks.potential._FITTED", 3)
+    frames = copper(8)
+    frames[1].symbols[0] = "Ag"
+    frames[1].calc = SinglePointCalculator(frames[1], energy=-1.0, forces=np.zeros((4, 3)))
+    ase.io.write(files / "train.extxyz", [frames[index] for index in (0, 2, 3, 1, 4, 5, 6, 7)], format="extxyz")
+    config = settings(files, {"network": None, "weights": str(weights)})
+    config["data"]["init_args"]["validation"] = str(files / "hot.extxyz")
+    cli = run(files, "fit", config, "--trainer.max_steps", "1")
+    calculator = FovealCalculator.from_pretrained(cli.run_folder / "potential.safetensors", device="cpu")
+    assert np.isfinite(calculator.batch([frames[1]])[0]["energy"]), "silver was trained on and must not be refused"
+
+
+def test_a_run_that_was_stopped_while_fine_tuning_is_exported(files, weights, tmp_path, monkeypatch):
+    learn = PotentialTask.training_step
+
+    def stopped(self, batch, index):
+        if self.global_step == 2:
+            raise KeyboardInterrupt
+        return learn(self, batch, index)
+
+    monkeypatch.setattr(PotentialTask, "training_step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(files, "fit", settings(files, {"network": None, "weights": str(weights)}), "--resume_point.every_n_steps", "1")
+    (last,) = (files / "runs").rglob("last.ckpt")
+    exported = FovealCalculator.from_pretrained(export(last, tmp_path / "half.safetensors"), device="cpu")
+    assert exported.scale == 2.0
+    assert exported.elements == {29}
+
+
 def test_the_gradient_form_goes_on_from_the_direct_forms_weights_and_back_with_new_heads(tmp_path):
     torch.manual_seed(0)
     direct = EquiformerV3Config(**SMALL, max_elements=60, direct=True, denoising=True)
@@ -271,3 +343,12 @@ def test_two_processes_train_one_potential_on_shares_of_the_data(files):
     # Six structures, two a batch, two processes: one whole round of batches an epoch.
     with safe_open(written[0], "pt") as weights:
         assert weights.metadata()["steps"] == "2"
+
+
+def test_elements_that_the_network_has_no_room_for_are_refused_in_a_sentence(files, weights):
+    frames = copper(8)
+    frames[3].symbols[0] = "Au"
+    frames[3].calc = SinglePointCalculator(frames[3], energy=-1.0, forces=np.zeros((4, 3)))
+    ase.io.write(files / "train.extxyz", frames, format="extxyz")
+    with pytest.raises(UserError, match=r"elements up to Pr, .* \(max_elements 60\); got Au"):
+        run(files, "fit", settings(files, {"network": None, "weights": str(weights)}), "--trainer.max_steps", "1")

@@ -336,6 +336,27 @@ def test_an_exported_adapter_of_the_published_size_is_under_five_megabytes(tmp_p
     assert file.stat().st_size < 5_000_000
 
 
+def test_retrieval_of_several_processes_is_over_all_pairs(tiny_folder, monkeypatch):
+    from types import SimpleNamespace
+
+    from foveal.medical.tasks.adaptation import AdaptationTask, AdapterChoice
+
+    torch.manual_seed(0)
+    task = AdaptationTask(BaseChoice(str(tiny_folder)), AdapterChoice(rank=2))
+    image, text = (torch.nn.functional.normalize(torch.randn(7, 4), dim=-1) for _ in range(2))
+    texts, logged = [f"text {number}" for number in range(7)], {}
+    # Dealt out in turn to two processes, the first pair again at the end of the second share.
+    dealt = ([0, 2, 4, 6], [1, 3, 5, 0])
+    shares = [[(image[index], text[index], texts[index]) for index in part] for part in dealt]
+    task._trainer = SimpleNamespace(world_size=2, datamodule=SimpleNamespace(pairs=lambda part: range(7)))
+    task._seen, task._texts = [(image[dealt[0]], text[dealt[0]])], [texts[index] for index in dealt[0]]
+    monkeypatch.setattr(task, "log", lambda name, value, **how: logged.update({name: float(value)}))
+    monkeypatch.setattr("torch.distributed.all_gather_object", lambda filled, own: filled.__setitem__(slice(None), shares))
+    task._log_recalls("val")
+    for name, value in recalls(image, text, texts).items():
+        assert logged[f"val/{name}"] == pytest.approx(value), name
+
+
 def test_a_batch_size_of_one_and_a_checkpoint_of_other_sizes_are_refused(tiny_folder):
     from foveal.medical.data.image_texts import PairTable
     from foveal.medical.tasks.adaptation import AdaptationTask, AdapterChoice

@@ -23,6 +23,7 @@ from foveal.medical.data.bag_sources import BagItem, find_bags
 from foveal.medical.data.bags import LabelledBags, packed
 from foveal.medical.features import SlideFeatures, read_features, write_features
 from foveal.medical.models.acmil import GatedACMIL, GatedACMILConfig, MultiHeadACMIL, MultiHeadACMILConfig, acmil_loss
+from foveal.medical.tasks.bags import BagTask, _Measured
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "medical"
 
@@ -298,3 +299,20 @@ def test_a_set_by_name_is_the_published_one(name, bags, positive, width, rows):
     assert (len(items), sum(item.label == "1" for item in items)) == (bags, positive)
     assert sum(len(item.read()) for item in items) == rows
     assert items[0].read().shape[1] == width
+
+
+def test_several_processes_are_measured_on_all_bags(monkeypatch):
+    task = BagTask(GatedACMIL(GatedACMILConfig(features=6, inner=8, gate=4)))
+    logged: dict[str, float] = {}
+    task._trainer = type("Trainer", (), {"world_size": 2})()
+    monkeypatch.setattr(task, "log", lambda name, value, **how: logged.update({name: float(value)}))
+
+    def said(name: str, label: int, sure: float) -> _Measured:
+        return _Measured(name, 3, label, torch.tensor([1 - sure, sure]))
+
+    task._measured = [said("a", 0, 0.1), said("b", 1, 0.9)]
+    other = [said("c", 1, 0.2), said("a", 0, 0.1)]
+    monkeypatch.setattr("torch.distributed.all_gather_object", lambda filled, own: filled.__setitem__(slice(None), [own, other]))
+    bags, _ = task._finish("test")
+    assert [bag.name for bag in bags] == ["a", "b", "c"]
+    assert logged["test/accuracy"] == pytest.approx(2 / 3)

@@ -15,7 +15,7 @@ from foveal.apps.main import run
 from foveal.core.checkpoint import save_weights
 from foveal.core.errors import UserError
 from foveal.medical import Restorer, read_volume
-from foveal.medical.data.pairs import degrade
+from foveal.medical.data.pairs import RestorationPairs, degrade
 from foveal.medical.models.rat import RAT, RATConfig
 from foveal.medical.regions import region_volume, superpixels
 from foveal.medical.volumes import Volume, from_array
@@ -123,3 +123,23 @@ def test_without_weights_the_command_says_how_to_get_some(tmp_path, capsys):
     Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "a.png")
     assert run(["medical", "restore", str(tmp_path / "a.png")]) == 2
     assert "no restoration weights ship" in capsys.readouterr().err
+
+
+def test_every_slice_of_paired_volumes_is_learned_from(tmp_path):
+    generator = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in ("fd", "qd"):
+            (tmp_path / part / name).mkdir(parents=True)
+            nibabel.save(nibabel.Nifti1Image(generator.uniform(0, 255, (20, 32, 3)), np.eye(4)), tmp_path / part / name / "a.nii.gz")
+    data = RestorationPairs(str(tmp_path), crop=None)
+    data.setup()
+    assert len(data._sets["train"]) == 3
+    for index, pair in enumerate(data._sets["train"]):
+        voxels = read_volume(tmp_path / "train" / "fd" / "a.nii.gz").voxels
+        np.testing.assert_allclose(pair.target[0].numpy() * 255, voxels[:, :, index].T, rtol=1e-4, atol=1e-3)
+    nibabel.save(nibabel.Nifti1Image(generator.uniform(0, 255, (20, 32, 2)), np.eye(4)), tmp_path / "train" / "qd" / "a.nii.gz")
+    with pytest.raises(UserError, match="as many slices"):
+        RestorationPairs(str(tmp_path)).setup()
+    nibabel.save(nibabel.Nifti1Image(generator.uniform(0, 255, (10, 16, 3)), np.eye(4)), tmp_path / "train" / "qd" / "a.nii.gz")
+    with pytest.raises(UserError, match="set scale"):
+        RestorationPairs(str(tmp_path)).setup()

@@ -15,6 +15,7 @@ from PIL import Image
 
 from foveal.apps.main import run
 from foveal.core.errors import UserError
+from foveal.core.exporting import TrainedRun
 from foveal.medical import Segmenter, read_volume
 from foveal.medical.data.cases import Case, check_labels, find_cases
 from foveal.medical.data.slices import LabelledScans, Slices, folds_of
@@ -22,6 +23,7 @@ from foveal.medical.inference import View, run_slices
 from foveal.medical.models.guided_attention import GuidedAttentionConfig, GuidedAttentionNet
 from foveal.medical.models.mhs_vm import MHSVM, MHSVMConfig
 from foveal.medical.preparation import Preparation
+from foveal.medical.tasks.export import _about
 from foveal.medical.tasks.segmentation import SegmentationTask
 from foveal.medical.tasks.segmentation_report import SegmentationReport, measured
 from foveal.medical.volumes import from_array
@@ -274,3 +276,58 @@ def test_the_report_counts_misses_and_holds_every_picture(tmp_path):
     assert "http" not in page.replace("http://www.w3.org", "")
     assert len((tmp_path / "cases.csv").read_text().splitlines()) == 4
     assert {"dice.png", "hd95.png", "volumes.png"} < {path.name for path in (tmp_path / "pictures").iterdir()}
+
+
+def test_labels_stored_in_another_order_are_brought_onto_their_scans_grid(segmenter, scan, tmp_path, capsys):
+    """A converter may flip axes and say so in the affine: the same places of space, other indices."""
+    assert run(["medical", "segment", str(scan), "-o", str(tmp_path / "out"), "--device", "cpu", "--checkpoint", saved(segmenter, tmp_path)]) == 0
+    labels = nibabel.load(tmp_path / "out" / "knee_labels.nii.gz")
+    flipped = nibabel.as_closest_canonical(labels)
+    assert flipped.shape != labels.shape
+    nibabel.save(flipped, tmp_path / "truth.nii.gz")
+    capsys.readouterr()
+    command = ["medical", "segment", str(scan), "-o", str(tmp_path / "again"), "--device", "cpu", "--checkpoint", saved(segmenter, tmp_path)]
+    assert run([*command, "--truth", str(tmp_path / "truth.nii.gz"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["files"][0]["numbers"]["Dice"] == pytest.approx(1.0)
+    case = Case("knee", (scan,), tmp_path / "truth.nii.gz")
+    np.testing.assert_array_equal(case.read()[1].voxels, labels.get_fdata())
+
+
+def saved(segmenter: Segmenter, folder: Path) -> str:
+    return str(segmenter.save(folder / "tiny.safetensors"))
+
+
+def test_labels_without_an_orientation_stay_in_their_order(tmp_path):
+    voxels = np.random.default_rng(0).integers(0, 2, (4, 4, 4)).astype(np.uint8)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([-1.0, -1, 1, 1])), tmp_path / "image.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), tmp_path / "labels.nii.gz")
+    np.testing.assert_array_equal(Case("a", (tmp_path / "image.nii.gz",), tmp_path / "labels.nii.gz").read()[1].voxels, voxels)
+
+
+def test_results_inside_the_named_folder_are_no_scans(segmenter, scan, tmp_path, capsys):
+    command = ["medical", "segment", str(tmp_path), "-o", str(tmp_path / "segmented"), "--device", "cpu", "--no-pictures", "--json"]
+    for state in ("done", "kept"):
+        assert run([*command, "--checkpoint", saved(segmenter, tmp_path)]) == 0
+        assert [entry["state"] for entry in json.loads(capsys.readouterr().out)["files"]] == [state]
+
+
+def test_a_run_that_names_no_classes_is_exported(tmp_path):
+    settings = {"data": {"init_args": {"classes": 3, "class_names": None, "preparation": None}}, "model": {"init_args": {}}}
+    assert _about("msa_guided", TrainedRun(tmp_path, settings, {}))["classes"] == "class 1|class 2"
+
+
+def test_several_processes_are_measured_on_all_scans(monkeypatch):
+    task = SegmentationTask(GuidedAttentionNet(TINY))
+    task._scores = [("a", np.array([0.5, 1.0])), ("b", np.array([1.0, np.nan]))]
+    logged: dict[str, float] = {}
+
+    class Trainer:
+        world_size = 2
+        datamodule = type("Data", (), {"class_names": ["one", "two"]})()
+
+    task._trainer = Trainer()
+    monkeypatch.setattr(task, "log", lambda name, value, **how: logged.update({name: float(value)}))
+    other = [("c", np.array([0.0, 0.4])), ("a", np.array([0.5, 1.0]))]
+    monkeypatch.setattr("torch.distributed.all_gather_object", lambda filled, own: filled.__setitem__(slice(None), [own, other]))
+    task.on_validation_epoch_end()
+    assert logged == pytest.approx({"val/dice_one": 0.5, "val/dice_two": 0.7, "val/dice": 2.9 / 5})

@@ -29,10 +29,7 @@ def collect_inputs(paths: Iterable[str | Path], suffixes: Iterable[str], apart_f
     found: set[Path] = set()
     for path in map(Path, paths):
         if path.is_dir():
-            inside = {file for file in path.rglob("*") if file.suffix.lower() in wanted and file.is_file()}
-            results = None if apart_from is None else Path(apart_from).resolve()
-            if results is not None and path.resolve() in results.parents:
-                inside = {file for file in inside if results not in file.resolve().parents}
+            inside = set(outside((file for file in path.rglob("*") if file.suffix.lower() in wanted and file.is_file()), path, apart_from))
             if not inside:
                 raise UserError(
                     f"expected files ending in {', '.join(sorted(wanted))} in folder {path}; found none; name another folder or the files"
@@ -45,6 +42,26 @@ def collect_inputs(paths: Iterable[str | Path], suffixes: Iterable[str], apart_f
     if not found:
         raise UserError("expected at least one input file or folder; none was named")
     return sorted(found)
+
+
+def outside(files: Iterable[Path], named: Path, folder: str | Path | None) -> list[Path]:
+    """Of the files in a folder that was named those that do not lie in `folder`, where this is a folder inside it."""
+    results = None if folder is None else Path(folder).resolve()
+    if results is None or named.resolve() not in results.parents:
+        return list(files)
+    return [file for file in files if results not in file.resolve().parents]
+
+
+def refuse_replacing(sources: Iterable[Path], outputs: Iterable[Path]) -> None:
+    """Make sure that no result is written over a file that it is made of.
+
+    Raises:
+        UserError: one would be, with or without ``--overwrite``.
+    """
+    named = {source.resolve() for source in sources}
+    for output in outputs:
+        if output.resolve() in named:
+            raise UserError(f"expected results beside what they are made of; {output} would be replaced by its own; choose another -o/--output")
 
 
 def output_names(files: Sequence[Path]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write, collect_inputs, output_folder
+from foveal.core.files import atomic_write, collect_inputs, output_folder, refuse_replacing
 from foveal.core.reports import BatchReport, Entry
 from foveal.detection.checkpoints import model_from_weights
 from foveal.detection.data.pictures import PICTURES, VIDEOS, read_picture
@@ -72,8 +72,12 @@ def detect_command(
         raise UserError(f"expected --format among {', '.join(FORMATS)}; got {', '.join(unknown)}")
     if every < 1:
         raise UserError(f"expected --every of at least 1; got {every}")
-    files = collect_inputs(sources, PICTURES | VIDEOS)
-    folder = output_folder("detected" if output is None else output, overwrite, ("predictions.json",) if "coco" in formats else ())
+    folder = Path("detected" if output is None else output)
+    files = collect_inputs(sources, PICTURES | VIDEOS, apart_from=folder)
+    names = result_names(files)
+    wanted_of = {file: _outputs(folder, names[file], _is_video(file), formats, pictures, explain and not _is_video(file)) for file in files}
+    refuse_replacing(files, (path for paths in wanted_of.values() for path in paths))
+    output_folder(folder, overwrite, ("predictions.json",) if "coco" in formats else ())
     detector = Detector.from_pretrained(checkpoint, image_size=image_size, device=device)
     trained: YOLOv13 | None = None
     if explain:
@@ -81,16 +85,15 @@ def detect_command(
         assert isinstance(model, YOLOv13)
         trained = model
     options = options or Options()
-    report, names, together = BatchReport(), result_names(files), _Together(detector.names)
+    report, together = BatchReport(), _Together(detector.names)
     for number, file in enumerate(track(files, "detecting", console=Console(stderr=True), disable=not sys.stderr.isatty())):
-        stem, video = names[file], file.suffix.lower() in VIDEOS
-        wanted = _outputs(folder, stem, video, formats, pictures, explain and not video)
+        stem, wanted = names[file], wanted_of[file]
         # COCO's file is of all pictures, so that none may be left out of it.
         if wanted and not overwrite and "coco" not in formats and all(path.exists() for path in wanted):
             report.kept(file, [str(path) for path in wanted])
             continue
         with report.item(file) as entry:
-            if video:
+            if _is_video(file):
                 _detect_in_video(file, folder, stem, detector, options, every, pictures, entry)
                 continue
             image = read_picture(file)
@@ -115,15 +118,24 @@ def detect_command(
 
 
 def result_names(files: Sequence[Path]) -> dict[Path, str]:
-    """A name of its own for each file's results: its stem, with its folders or suffix where another file has the same."""
+    """A name of its own for each file's results: its stem, with its folders or suffix where another file has the same, and a number if need be."""
     stems: dict[str, list[Path]] = {}
     for file in files:
         stems.setdefault(file.stem, []).append(file)
     names: dict[Path, str] = {}
+    taken: set[str] = set()
     for stem, same in stems.items():
         for file in same:
-            names[file] = stem if len(same) == 1 else "_".join((*file.resolve().parts[-3:-1], stem, file.suffix[1:]))
+            longer = "_".join((*file.resolve().parts[-3:-1], stem, file.suffix[1:]))
+            candidates = (stem if len(same) == 1 else longer, *(f"{longer}_{number}" for number in range(2, len(files) + 2)))
+            # Folders of other folders may have the same names, and file systems may not tell capitals.
+            names[file] = next(name for name in candidates if name.lower() not in taken)
+            taken.add(names[file].lower())
     return names
+
+
+def _is_video(file: Path) -> bool:
+    return file.suffix.lower() in VIDEOS
 
 
 class _Together:
@@ -194,7 +206,7 @@ def _detect_in_video(file: Path, folder: Path, stem: str, detector: Detector, op
         rate = rate if 0 < rate < 1000 else 25.0
         height, width = frame.shape[:2]
         lines, looked, total, found = [], 0, 0, None
-        with atomic_write(folder / f"{stem}.mp4") as temporary:
+        with atomic_write(folder / f"{stem}.mp4") if pictures else nullcontext() as temporary:
             writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), rate, (width, height)) if pictures else None
             number = 0
             while good:
@@ -209,8 +221,6 @@ def _detect_in_video(file: Path, folder: Path, stem: str, detector: Detector, op
                 good, frame = read()
             if writer is not None:
                 writer.release()
-        if not pictures:
-            (folder / f"{stem}.mp4").unlink()
     finally:
         capture.release()
     with _writing(folder / f"{stem}.jsonl", entry) as temporary:

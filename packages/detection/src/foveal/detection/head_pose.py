@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from foveal.core.checkpoint import load_weights
 from foveal.core.device import resolve_device
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write, collect_inputs, output_folder
+from foveal.core.files import atomic_write, collect_inputs, output_folder, refuse_replacing
 from foveal.core.reports import BatchReport
 from foveal.detection.checkpoints import model_from_weights
 from foveal.detection.data.pictures import PICTURES, read_picture
@@ -228,12 +228,15 @@ def head_pose_command(
     """
     if not 0 <= score < 1 or not 0 <= overlap <= 1:
         raise UserError(f"expected --score in 0..1 and --overlap in 0..1; got {score} and {overlap}")
-    files = collect_inputs(sources, PICTURES)
+    folder = Path("head_poses" if output is None else output)
+    files = collect_inputs(sources, PICTURES, apart_from=folder)
+    names = result_names(files)
     poser = HeadPoser.from_pretrained(checkpoint, image_size=image_size, device=device)
     if poser.doubt:
         print(f"warning: {poser.doubt}", file=sys.stderr)
-    folder = output_folder("head_poses" if output is None else output)
-    report, names = BatchReport(), result_names(files)
+    refuse_replacing(files, (folder / f"{name}.jpg" for name in names.values()))
+    output_folder(folder)
+    report = BatchReport()
     for file in track(files, "looking", console=Console(stderr=True), disable=not sys.stderr.isatty()):
         drawn_file, written_file = folder / f"{names[file]}.jpg", folder / f"{names[file]}.json"
         outputs = [str(drawn_file), str(written_file)]

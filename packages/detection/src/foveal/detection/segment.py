@@ -17,7 +17,7 @@ from rich.progress import track
 from foveal.core.checkpoint import load_weights
 from foveal.core.device import resolve_device
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write, collect_inputs, output_folder
+from foveal.core.files import atomic_write, collect_inputs, output_folder, refuse_replacing
 from foveal.core.reports import BatchReport
 from foveal.detection.checkpoints import model_from_weights
 from foveal.detection.data.pictures import PICTURES, read_picture
@@ -130,10 +130,13 @@ def segment_command(
     """
     if image_size is not None and image_size < 32:
         raise UserError(f"expected --image-size of at least 32; got {image_size}")
-    files = collect_inputs(sources, PICTURES)
+    folder = Path("segmented" if output is None else output)
+    files = collect_inputs(sources, PICTURES, apart_from=folder)
+    names = result_names(files)
     segmenter = Segmenter.from_pretrained(checkpoint, device=device)
-    folder = output_folder("segmented" if output is None else output)
-    report, names = BatchReport(), result_names(files)
+    refuse_replacing(files, (folder / f"{name}_{kind}" for name in names.values() for kind in ("classes.png", "overlay.jpg")))
+    output_folder(folder)
+    report = BatchReport()
     for file in track(files, "segmenting", console=Console(stderr=True), disable=not sys.stderr.isatty()):
         outputs = {kind: folder / f"{names[file]}_{kind}" for kind in ("classes.png", "overlay.jpg")}
         if not overwrite and all(path.exists() for path in outputs.values()):

@@ -23,7 +23,7 @@ from foveal.core.errors import UserError
 from foveal.core.files import atomic_write
 from foveal.core.reports import Entry
 from foveal.graphs3d.data.structures import without_labels
-from foveal.graphs3d.file_runs import calculator_of, name_of, run_files
+from foveal.graphs3d.file_runs import Going, calculator_of, name_of, run_files
 from foveal.graphs3d.plots import draw_dynamics
 
 #: Columns of the table and keys of the numbers of a run.
@@ -187,31 +187,34 @@ def dynamics_command(
 
     def work(structures: list[ase.Atoms], target: Path, entry: Entry) -> None:
         stem = target.name.removesuffix("_md.json")
-        summary = []
+        summary, going = [], Going()
         for index, atoms in enumerate(structures):
-            run = run_dynamics(atoms, calculator, time, timestep, ensemble, temperature, equilibration, every, friction, seed)
-            prefix = stem if len(structures) == 1 else f"{stem}_{index}"
-            trajectory, table, picture = (target.with_name(f"{prefix}_md.{suffix}") for suffix in ("traj", "csv", "png"))
-            with atomic_write(trajectory) as temporary:
-                ase.io.write(temporary, run.frames)
-            with atomic_write(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-                writer = csv.writer(stream)
-                writer.writerow(COLUMNS)
-                writer.writerows([f"{value:.8g}" if place != 3 else f"{value:.8f}" for place, value in enumerate(row)] for row in run.rows)
-            with atomic_write(picture) as temporary:
-                draw_dynamics({name: run.rows}, len(atoms), ensemble).savefig(temporary, dpi=150)
-            entry.outputs += [str(trajectory), str(table), str(picture)]
-            one = {"structure": index, "atoms": len(atoms), "time ps": time, "temperature K": run.temperature}
-            if ensemble == "nve":
-                one |= {"drift meV/atom/ps": run.drift, "fluctuation meV/atom": run.fluctuation}
-            summary.append(one)
+            with going.past(index):
+                run = run_dynamics(atoms, calculator, time, timestep, ensemble, temperature, equilibration, every, friction, seed)
+                prefix = stem if len(structures) == 1 else f"{stem}_{index}"
+                trajectory, table, picture = (target.with_name(f"{prefix}_md.{suffix}") for suffix in ("traj", "csv", "png"))
+                with atomic_write(trajectory) as temporary:
+                    ase.io.write(temporary, run.frames)
+                with atomic_write(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+                    writer = csv.writer(stream)
+                    writer.writerow(COLUMNS)
+                    writer.writerows([f"{value:.8g}" if place != 3 else f"{value:.8f}" for place, value in enumerate(row)] for row in run.rows)
+                with atomic_write(picture) as temporary:
+                    draw_dynamics({name: run.rows}, len(atoms), ensemble).savefig(temporary, dpi=150)
+                entry.outputs += [str(trajectory), str(table), str(picture)]
+                one = {"structure": index, "atoms": len(atoms), "time ps": time, "temperature K": run.temperature}
+                if ensemble == "nve" and np.isfinite(run.drift):  # a straight line needs three frames
+                    one |= {"drift meV/atom/ps": run.drift, "fluctuation meV/atom": run.fluctuation}
+                summary.append(one)
+        going.refuse_all(len(structures))
         with atomic_write(target) as temporary:
             temporary.write_text(
                 json.dumps({"potential": name, "ensemble": ensemble, "timestep fs": timestep, "runs": summary}, indent=2), encoding="utf-8"
             )
         entry.outputs.append(str(target))
         entry.numbers = {key: float(np.mean([one[key] for one in summary])) for key in summary[0] if key not in ("structure", "atoms")}
-        if ensemble == "nve":
+        if "drift meV/atom/ps" in summary[0]:
             entry.numbers["drift meV/atom/ps"] = max((float(one["drift meV/atom/ps"]) for one in summary), key=abs)
+        going.tell()
 
     return run_files(files, output or Path("dynamics"), "md.json", work, overwrite, as_json, {"temperature K": ".0f"})

@@ -19,7 +19,7 @@ from foveal.core.errors import UserError
 from foveal.core.files import atomic_write
 from foveal.core.reports import Entry
 from foveal.graphs3d.data.structures import without_labels
-from foveal.graphs3d.file_runs import calculator_of, run_files
+from foveal.graphs3d.file_runs import Going, calculator_of, run_files
 from foveal.graphs3d.plots import draw_equation_of_state
 from foveal.graphs3d.relax import evaluate_together, relax
 
@@ -156,28 +156,30 @@ def eos_command(
     calculator = calculator_of(checkpoint, method, device, dtype)
 
     def work(structures: list[ase.Atoms], target: Path, entry: Entry) -> None:
-        stem, summary = target.name.removesuffix("_eos.json"), []
+        stem, summary, going = target.name.removesuffix("_eos.json"), [], Going()
         for index, atoms in enumerate(structures):
-            fit = equation_of_state(atoms, calculator, span, points, relax_atoms, equation)
-            prefix = stem if len(structures) == 1 else f"{stem}_{index}"
-            table, picture = target.with_name(f"{prefix}_eos.csv"), target.with_name(f"{prefix}_eos.png")
-            with atomic_write(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-                writer = csv.writer(stream)
-                writer.writerow(["volume A^3", "energy eV"])
-                writer.writerows([f"{volume:.6f}", f"{energy:.8f}"] for volume, energy in zip(fit.volumes, fit.energies, strict=True))
-            with atomic_write(picture) as temporary:
-                draw_equation_of_state(fit.volumes, fit.energies, fit.curve, fit.volume, fit.bulk_modulus, len(atoms)).savefig(temporary, dpi=150)
-            entry.outputs += [str(table), str(picture)]
-            summary.append(
-                {
-                    "structure": index,
-                    "atoms": len(atoms),
-                    "volume A^3/atom": fit.volume / len(atoms),
-                    "energy eV/atom": fit.energy / len(atoms),
-                    "bulk modulus GPa": fit.bulk_modulus,
-                    "residual meV/atom": fit.residual,
-                }
-            )
+            with going.past(index):
+                fit = equation_of_state(atoms, calculator, span, points, relax_atoms, equation)
+                prefix = stem if len(structures) == 1 else f"{stem}_{index}"
+                table, picture = target.with_name(f"{prefix}_eos.csv"), target.with_name(f"{prefix}_eos.png")
+                with atomic_write(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+                    writer = csv.writer(stream)
+                    writer.writerow(["volume A^3", "energy eV"])
+                    writer.writerows([f"{volume:.6f}", f"{energy:.8f}"] for volume, energy in zip(fit.volumes, fit.energies, strict=True))
+                with atomic_write(picture) as temporary:
+                    draw_equation_of_state(fit.volumes, fit.energies, fit.curve, fit.volume, fit.bulk_modulus, len(atoms)).savefig(temporary, dpi=150)
+                entry.outputs += [str(table), str(picture)]
+                summary.append(
+                    {
+                        "structure": index,
+                        "atoms": len(atoms),
+                        "volume A^3/atom": fit.volume / len(atoms),
+                        "energy eV/atom": fit.energy / len(atoms),
+                        "bulk modulus GPa": fit.bulk_modulus,
+                        "residual meV/atom": fit.residual,
+                    }
+                )
+        going.refuse_all(len(structures))
         with atomic_write(target) as temporary:
             temporary.write_text(json.dumps({"equation": equation, "structures": summary}, indent=2), encoding="utf-8")
         entry.outputs.append(str(target))
@@ -185,6 +187,7 @@ def eos_command(
             entry.numbers = {name: float(value) for name, value in summary[0].items() if name not in ("structure", "atoms")}
         else:
             entry.numbers = {"structures": float(len(summary))}
+        going.tell()
 
     columns = {"structures": ".0f", "volume A^3/atom": ".4f", "energy eV/atom": ".5f", "bulk modulus GPa": ".1f"}
     return run_files(files, output or Path("eos"), "eos.json", work, overwrite, as_json, columns)

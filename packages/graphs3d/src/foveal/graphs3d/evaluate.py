@@ -12,12 +12,11 @@ import ase.io
 import numpy as np
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from foveal.core.errors import UserError
 from foveal.core.files import atomic_write
 from foveal.core.reports import Entry
 from foveal.graphs3d.calculator import FovealCalculator
 from foveal.graphs3d.data.structures import UNITS, labels_of, without_labels
-from foveal.graphs3d.file_runs import run_files
+from foveal.graphs3d.file_runs import Going, run_files
 from foveal.graphs3d.plots import draw_parity
 
 Pairs = dict[str, list[tuple[np.ndarray, np.ndarray]]]
@@ -84,22 +83,23 @@ def evaluate_command(
 
     def work(structures: list[ase.Atoms], target: Path, entry: Entry) -> None:
         pairs: Pairs = {name: [] for name in UNITS}
-        predicted, rows = [], []
+        predicted, rows, going = [], [], Going()
         for index, atoms in enumerate(structures):
-            try:
+            with going.past(index):
                 predicted.append(predict(atoms, calculator))
-            except UserError as error:
-                raise UserError(f"structure {index}: {error}") from None
-            own = compare(labels_of(atoms), predicted[-1])
-            rows.append({"structure": index, "atoms": len(atoms), **errors_of(own)})
-            for name, found in own.items():
-                pairs[name] += found
+                own = compare(labels_of(atoms), predicted[-1])
+                rows.append({"structure": index, "atoms": len(atoms), **errors_of(own)})
+                for name, found in own.items():
+                    pairs[name] += found
+        going.refuse_all(len(structures))
+        going.number([int(row["structure"]) for row in rows], predicted)
         with atomic_write(target) as temporary:
             ase.io.write(temporary, predicted, format="extxyz")
         entry.outputs = [str(target)]
         entry.numbers = {"structures": float(len(predicted)), **errors_of(pairs)}
         if any(pairs.values()):
             entry.outputs += _write_errors(target.with_name(target.name.removesuffix("_predicted.extxyz")), rows, pairs)
+        going.tell()
 
     return run_files(files, output or Path("evaluated"), "predicted.extxyz", work, overwrite, as_json, {"structures": ".0f"})
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import ase
 from ase.calculators.calculator import Calculator
 
+from foveal.core.errors import UserError
 from foveal.core.files import collect_inputs, output_folder
 from foveal.core.memory import keep_freed_memory
 from foveal.core.reports import BatchReport, Entry
@@ -16,6 +18,8 @@ from foveal.graphs3d.calculator import FovealCalculator
 from foveal.graphs3d.data.structures import SUFFIXES, read_structures
 from foveal.graphs3d.methods import METHODS, labeller
 
+#: Structures that could not be computed which are named; of more their number.
+_TOLD = 5
 #: Does a file's work: its structures, the path of its main result, and the entry of the report to fill in.
 Work = Callable[[list[ase.Atoms], Path, Entry], None]
 
@@ -35,6 +39,55 @@ def calculator_of(checkpoint: Path | None, method: str | None, device: str, dtyp
 def name_of(checkpoint: Path | None, method: str | None) -> str:
     """What to call the potential in pictures."""
     return METHODS[method] if method is not None else "bundled potential" if checkpoint is None else Path(checkpoint).stem
+
+
+class Going:
+    """Works on the structures of a file one by one and goes on past those that cannot be computed.
+
+    >>> going = Going()
+    >>> for index, atoms in enumerate(structures):
+    ...     with going.past(index):
+    ...         results.append(compute(atoms))
+    >>> going.refuse_all(len(structures))
+    >>> ...  # write the results
+    >>> going.tell()
+    """
+
+    def __init__(self) -> None:
+        self.left: list[str] = []
+
+    @contextmanager
+    def past(self, index: int) -> Iterator[None]:
+        """What cannot be computed inside the block is noted with the structure's number."""
+        try:
+            yield
+        except UserError as error:
+            self.left.append(f"structure {index}: {error}")
+
+    def number(self, numbers: Iterable[int], structures: Iterable[ase.Atoms]) -> None:
+        """Write the number in the file into each structure's ``info``, where the place in the results does not tell it."""
+        if self.left:
+            for number, atoms in zip(numbers, structures, strict=True):
+                atoms.info.setdefault("structure", number)
+
+    def refuse_all(self, count: int) -> None:
+        """Raise where nothing is left to write.
+
+        Raises:
+            UserError: none of `count` structures could be computed.
+        """
+        if len(self.left) == count:
+            raise UserError("; ".join(self.left[:_TOLD]) + (f"; and {count - _TOLD} more" if count > _TOLD else ""))
+
+    def tell(self) -> None:
+        """Raise where structures were left out, after the others were written.
+
+        Raises:
+            UserError: names them.
+        """
+        if self.left:
+            more = f"; and {len(self.left) - _TOLD} more" if len(self.left) > _TOLD else ""
+            raise UserError(f"{'; '.join(self.left[:_TOLD])}{more}; the other structures are written")
 
 
 def run_files(
@@ -57,7 +110,7 @@ def run_files(
     Raises:
         UserError: no inputs, or an output folder that cannot be written.
     """
-    inputs = collect_inputs(files, SUFFIXES)
+    inputs = collect_inputs(files, SUFFIXES, apart_from=folder)
     output_folder(folder, overwrite)
     report = BatchReport()
     for path, stem in zip(inputs, stems(inputs), strict=True):

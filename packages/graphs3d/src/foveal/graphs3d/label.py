@@ -21,7 +21,7 @@ from foveal.core.errors import UserError
 from foveal.core.files import atomic_write
 from foveal.core.reports import Entry
 from foveal.graphs3d.data.structures import without_labels
-from foveal.graphs3d.file_runs import run_files
+from foveal.graphs3d.file_runs import Going, run_files
 from foveal.graphs3d.methods import METHODS, label, labeller
 
 #: Of the Langevin thermostat; strong, because frames shall differ and not be a time series.
@@ -114,18 +114,19 @@ def label_command(
 
     def work(structures: list[ase.Atoms], target: Path, entry: Entry) -> None:
         labelled: list[ase.Atoms] = []
+        going = Going()
         for index, atoms in enumerate(structures):
             generator = np.random.default_rng([seed, index])
-            try:
+            with going.past(index):
                 frames_of_one = sample(atoms, calculator, frames, temperature, rattle, every, timestep, generator)
                 labelled += [_described(frame, METHODS[method], index) for frame in frames_of_one]
-            except UserError as error:
-                raise UserError(f"structure {index}: {error}") from None
+        going.refuse_all(len(structures))
         with atomic_write(target) as temporary:
             ase.io.write(temporary, labelled, format="extxyz")
         forces = np.concatenate([frame.calc.results["forces"] for frame in labelled])
         entry.outputs = [str(target)]
         entry.numbers = {"structures": float(len(labelled)), "force RMS eV/A": float(np.sqrt(np.square(forces).mean()))}
+        going.tell()
 
     return run_files(files, output or Path("labelled"), "labelled.extxyz", work, overwrite, as_json, {"structures": ".0f"})
 

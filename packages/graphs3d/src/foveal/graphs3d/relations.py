@@ -129,9 +129,10 @@ def ask_command(
     Raises:
         UserError: no inputs, no weights, or an output that cannot be written.
     """
-    inputs = [] if demo else collect_inputs(sources, SUFFIXES)
+    folder = Path(output or "answers")
+    inputs = [] if demo else collect_inputs(sources, SUFFIXES, apart_from=folder)
     relations = Relations.from_pretrained(checkpoint, device) if checkpoint is not None or BUNDLED.exists() else None
-    folder = output_folder(output or "answers", overwrite)
+    output_folder(folder, overwrite)
     report = BatchReport()
     for path in [Path("rooms.json")] if demo else inputs:
         targets = [folder / f"{path.stem}_answers{ending}" for ending in (".csv", ".png")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from foveal.core.files import atomic_write
 from foveal.core.reports import Entry
 from foveal.graphs3d.calculator import FovealCalculator
 from foveal.graphs3d.data.structures import without_labels
-from foveal.graphs3d.file_runs import calculator_of, run_files
+from foveal.graphs3d.file_runs import Going, calculator_of, run_files
 from foveal.graphs3d.methods import label
 from foveal.graphs3d.plots import draw_relaxation
 
@@ -125,6 +125,19 @@ def relax(
     return runs
 
 
+def _each(structures: Sequence[ase.Atoms], work: Callable[[Sequence[ase.Atoms]], list[Relaxation]], going: Going) -> dict[int, Relaxation]:
+    """Number -> relaxation of the structures that can be computed: of all together, and where one cannot, of each alone."""
+    try:
+        return dict(enumerate(work(structures)))
+    except UserError:
+        done: dict[int, Relaxation] = {}
+        for index, atoms in enumerate(structures):
+            with going.past(index):
+                done[index] = work([atoms])[0]
+        going.refuse_all(len(structures))
+        return done
+
+
 def relax_command(
     files: Sequence[Path],
     *,
@@ -167,7 +180,9 @@ def relax_command(
     calculator = calculator_of(checkpoint, method, device, dtype)
 
     def work(structures: list[ase.Atoms], target: Path, entry: Entry) -> None:
-        runs = relax(structures, calculator, fmax, steps, cell, optimizer)
+        going = Going()
+        relaxed = _each(structures, lambda several: relax(several, calculator, fmax, steps, cell, optimizer), going)
+        runs = list(relaxed.values())
         stem = target.name.removesuffix("_relaxed.extxyz")
         trajectory, table, picture = (target.with_name(f"{stem}_{ending}") for ending in ("relaxation.traj", "relaxation.csv", "relaxation.png"))
         with atomic_write(trajectory) as temporary:
@@ -175,28 +190,30 @@ def relax_command(
         with atomic_write(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
             writer.writerow(["structure", "step", "energy eV", "largest force eV/A"])
-            for index, run in enumerate(runs):
+            for index, run in relaxed.items():
                 writer.writerows(
                     [index, step, f"{energy:.8f}", f"{force:.6f}"] for step, (energy, force) in enumerate(zip(run.energies, run.forces, strict=True))
                 )
         with atomic_write(picture) as temporary:
             draw_relaxation([(run.energies, run.forces) for run in runs], fmax).savefig(temporary, dpi=150)
+        going.number(relaxed, [run.atoms for run in runs])
         with atomic_write(target) as temporary:
             ase.io.write(temporary, [run.atoms for run in runs], format="extxyz")
         entry.outputs = [str(path) for path in (target, trajectory, table, picture)]
-        left = [str(index) for index, run in enumerate(runs) if not run.converged]
+        left = [str(index) for index, run in relaxed.items() if not run.converged]
         entry.numbers = {
             "structures": float(len(runs)),
             "converged": float(len(runs) - len(left)),
             "steps": float(max(len(run.energies) - 1 for run in runs)),
             "largest force eV/A": max(run.forces[-1] for run in runs),
         }
-        if left:
+        if left and not going.left:
             listed = ", ".join(left[:8]) + (", ..." if len(left) > 8 else "")
             raise UserError(
                 f"expected forces below {fmax} eV/A within {steps} steps; not so in structure {listed}; the last geometries are written; "
                 "allow more --steps"
             )
+        going.tell()
 
     columns = {"structures": ".0f", "converged": ".0f", "steps": ".0f", "largest force eV/A": ".4f"}
     return run_files(files, output or Path("relaxed"), "relaxed.extxyz", work, overwrite, as_json, columns)

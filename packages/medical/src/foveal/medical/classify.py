@@ -139,14 +139,15 @@ def classify_command(
             "expected --checkpoint: no weights of MEDUSA exist that could ship; train them on your films with: "
             "foveal medical fit --config configs/medical/medusa_small.yaml, and name the run"
         )
-    places = collect_films(films)
+    folder = output or Path("classified")
+    places = collect_films(films, folder)
     classifier = FilmClassifier.from_pretrained(checkpoint, device)
     labels = None
     if truth is not None:
         from foveal.medical.film_truth import report_scores, truth_of  # torchmetrics takes seconds to import
 
         labels = truth_of(truth, places, classifier.class_names)
-    folder = output_folder(output or Path("classified"), overwrite=True)
+    output_folder(folder, overwrite=True)
     known = _known(folder / TABLE, classifier.class_names)
     report = BatchReport()
     named = list(zip(places, names_of(places), strict=True))

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveal.core.errors import UserError
+from foveal.core.files import outside
 from foveal.medical.volumes import DICOM, PICTURES, read_volume, suffix_of
 
 #: Modalities of DICOM whose files are stacks of slices or no pictures of the chest's shadow.
@@ -86,8 +87,10 @@ def is_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
-def collect_films(paths: Sequence[Path]) -> list[Path]:
+def collect_films(paths: Sequence[Path], apart_from: Path | None = None) -> list[Path]:
     """The films that a user named: files, and all pictures and DICOM files in and below the folders.
+
+    `apart_from` is the folder for the results: where it lies in one that was named, what an earlier call left there is no film.
 
     Raises:
         UserError: nothing there.
@@ -96,7 +99,7 @@ def collect_films(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise UserError(f"expected an existing file or folder; {path} does not exist; check the path")
-        inside = sorted(_films_below(path)) if path.is_dir() else [path]
+        inside = sorted(outside(_films_below(path), path, apart_from)) if path.is_dir() else [path]
         if not inside:
             raise UserError(f"expected films (PNG, JPEG, TIFF, DICOM) in folder {path}; found none; name another folder or the files")
         found += inside

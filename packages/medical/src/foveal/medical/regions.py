@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, Shaped
 from numpy import ndarray
 
 from foveal.core.errors import UserError
-from foveal.medical.volumes import Volume, read_volume
+from foveal.medical.volumes import Volume, on_grid_of, read_volume
 
 #: Superpixels of a slice where the user names no regions: about as many as SAM finds organs and parts of organs in a slice of a body.
 SUPERPIXELS = 40
@@ -42,7 +42,7 @@ def region_volume(path: str | Path, like: Volume, scale: int = 1) -> Int[ndarray
     Raises:
         UserError: of another size, or not of whole numbers.
     """
-    regions = read_volume(path)
+    regions = on_grid_of(read_volume(path), like)
     voxels = regions.voxels
     if like.kind == "picture" and regions.kind != "picture":
         voxels = voxels.swapaxes(0, 1)  # the first index of a volume's file runs along a row, that of a picture down a column

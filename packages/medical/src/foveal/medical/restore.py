@@ -27,7 +27,7 @@ from foveal.medical.plots import regions_figure, restoration_figure
 from foveal.medical.regions import region_volume, superpixels
 from foveal.medical.restoration_metrics import fidelity
 from foveal.medical.segment import collect_scans
-from foveal.medical.volumes import Volume, names_of, output_suffix, read_volume, stem_of, write_volume
+from foveal.medical.volumes import Volume, names_of, on_grid_of, output_suffix, read_volume, stem_of, write_volume
 
 
 class Restorer:
@@ -154,14 +154,15 @@ def restore_command(
             "expected --checkpoint: no restoration weights ship with foveal; train them (configs/medical/rat_small.yaml) "
             "or convert the authors' with: foveal medical convert rat SOURCE OUT.safetensors"
         )
-    places = collect_scans(scans)
+    folder = output or Path("restored")
+    places = collect_scans(scans, folder)
     for option, path in (("--regions", regions), ("--truth", truth)):
         if path is not None and not path.exists():
             raise UserError(f"expected an existing file or folder; {path} does not exist; check {option}")
         if path is not None and path.is_file() and len(places) > 1:
             raise UserError(f"expected a folder for {len(places)} scans; {option} {path} is one file")
     restorer = Restorer.from_pretrained(checkpoint, device, value_range)
-    folder = output_folder(output or Path("restored"), overwrite=True)
+    output_folder(folder, overwrite=True)
     report = BatchReport()
     for place, name in zip(places, names_of(places), strict=True):
         existing = [path for path in sorted(folder.iterdir()) if path.name.startswith(f"{name}_restored.")]
@@ -211,6 +212,7 @@ def _beside(place: Path | None, name: str) -> Path | None:
 
 
 def _same_grid(target: Volume, restored: Volume, path: Any) -> ndarray:
+    target = on_grid_of(target, restored)
     if target.voxels.shape != restored.voxels.shape:
         raise UserError(f"expected a reference of shape {restored.voxels.shape}; {path} has {target.voxels.shape}")
     return target.voxels

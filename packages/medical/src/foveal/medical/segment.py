@@ -17,7 +17,7 @@ from torch import nn
 from foveal.core.checkpoint import load_weights
 from foveal.core.device import resolve_device
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write, output_folder
+from foveal.core.files import atomic_write, output_folder, outside
 from foveal.core.reports import BatchReport
 from foveal.medical.checkpoints import model_from_weights
 from foveal.medical.inference import View, check_views, run_slices
@@ -25,7 +25,20 @@ from foveal.medical.metrics import dice_scores, hausdorff95, mean_known
 from foveal.medical.plots import attention_figure, overlay_figure
 from foveal.medical.preparation import Preparation
 from foveal.medical.tasks.segmentation import labels_of
-from foveal.medical.volumes import DICOM, ITK, NIFTI, PICTURES, Volume, names_of, output_suffix, read_volume, stem_of, suffix_of, write_volume
+from foveal.medical.volumes import (
+    DICOM,
+    ITK,
+    NIFTI,
+    PICTURES,
+    Volume,
+    names_of,
+    on_grid_of,
+    output_suffix,
+    read_volume,
+    stem_of,
+    suffix_of,
+    write_volume,
+)
 
 #: What ships with the package; the card stands beside it.
 BUNDLED = Path(__file__).with_name("weights") / "hippocampus_small.safetensors"
@@ -167,8 +180,10 @@ def _of_tensor(tensor: Any) -> Volume:
     )
 
 
-def collect_scans(paths: Sequence[Path]) -> list[Path]:
+def collect_scans(paths: Sequence[Path], apart_from: Path | None = None) -> list[Path]:
     """What the user named as scans: files, folders that hold a DICOM series themselves, and all such files and folders below other folders.
+
+    `apart_from` is the folder for the results: where it lies in one that was named, what an earlier call left there is no scan.
 
     Raises:
         UserError: nothing there.
@@ -177,7 +192,7 @@ def collect_scans(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise UserError(f"expected an existing file or folder; {path} does not exist; check the path")
-        inside = _scans_below(path) if path.is_dir() else [path]
+        inside = outside(_scans_below(path), path, apart_from) if path.is_dir() else [path]
         if not inside:
             raise UserError(f"expected images (NIfTI, NRRD, DICOM, PNG) in folder {path}; found none; name another folder or the files")
         found += inside
@@ -208,7 +223,8 @@ def segment_command(
 ) -> int:  # fmt: skip
     """Segment files; one that fails does not stop the others. Returns the exit code."""
     torch.manual_seed(seed)
-    places = collect_scans(scans)
+    folder = output or Path("segmented")
+    places = collect_scans(scans, folder)
     if truth is not None and not truth.exists():
         raise UserError(f"expected reference labels; {truth} does not exist; check --truth")
     segmenter = Segmenter.from_pretrained(checkpoint, device, views=None if views is None else _views_of(views))
@@ -216,7 +232,7 @@ def segment_command(
         raise UserError(
             f"expected weights of one sequence; these want {', '.join(segmenter.sequences)}: call Segmenter from Python with a list of files"
         )
-    folder = output_folder(output or Path("segmented"), overwrite=True)
+    output_folder(folder, overwrite=True)
     report, names = BatchReport(), names_of(places)
     for place, name in zip(places, names, strict=True):
         existing = sorted(folder.glob(f"{_escaped(name)}_labels.*"))
@@ -287,7 +303,7 @@ def _reference(truth: Path, name: str, volume: Volume, count: int) -> ndarray | 
         truth = fitting[0]
     elif count > 1:
         raise UserError(f"expected a folder of reference labels for {count} scans; --truth {truth} is one file")
-    labels = read_volume(truth)
+    labels = on_grid_of(read_volume(truth), volume)
     if labels.voxels.shape != volume.voxels.shape:
         raise UserError(f"expected reference labels on the grid of {volume.source} {volume.voxels.shape}; {truth} has {labels.voxels.shape}")
     return labels.voxels

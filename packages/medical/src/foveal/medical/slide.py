@@ -166,7 +166,8 @@ def slide_command(
     pictures: bool = True, device: str = "auto", overwrite: bool = False, seed: int = 0, as_json: bool = False,
 ) -> int:  # fmt: skip
     """Extract and classify; a slide that fails does not stop the others. Returns the exit code."""
-    places = collect_inputs(slides, (*SLIDES, *HDF5))
+    folder = output or Path("slides")
+    places = collect_inputs(slides, (*SLIDES, *HDF5), apart_from=folder)
     if batch < 1:
         raise UserError(f"expected --batch of at least 1; got {batch}")
     if features_only == (checkpoint is not None):
@@ -177,7 +178,7 @@ def slide_command(
     torch.manual_seed(seed)
     tiling = Tiling(tile, mpp, tissue)
     run = _Run(
-        folder=output_folder(output or Path("slides"), overwrite=True),
+        folder=output_folder(folder, overwrite=True),
         classifier=None if checkpoint is None else BagClassifier.from_pretrained(checkpoint, device),
         encoder=None if encoder is None else TileEncoder(encoder, encoder_weights, device, tile, seed),
         tiling=tiling, slide_mpp=slide_mpp, batch=batch, pictures=pictures, overwrite=overwrite,

@@ -16,6 +16,7 @@ import nibabel
 import numpy as np
 from jaxtyping import Float, Shaped
 from nibabel.filebasedimages import ImageFileError
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 from numpy import ndarray
 from PIL import Image, UnidentifiedImageError
 
@@ -152,6 +153,21 @@ def write_volume(volume: Volume, path: str | Path) -> Path:
     else:
         raise UserError(f"expected an output ending in .nii.gz, .nii, .nrrd, .mha or .png; got {target.name}")
     return target
+
+
+def on_grid_of(volume: Volume, like: Volume) -> Volume:
+    """`volume` with its axes in the order and directions of `like`'s, where it lies on `like`'s grid then; otherwise as it is.
+
+    Labels that another program wrote may hold the same voxels in another order, which only their affine tells.
+    """
+    if "picture" in (volume.kind, like.kind) or np.allclose(volume.affine, like.affine, atol=1e-3):
+        return volume
+    turn = ornt_transform(io_orientation(volume.affine), io_orientation(like.affine))
+    affine = volume.affine @ inv_ornt_aff(turn, volume.voxels.shape)
+    voxels = apply_orientation(volume.voxels, turn)
+    if voxels.shape != like.voxels.shape or not np.allclose(affine, like.affine, atol=0.1 * min(like.spacing)):
+        return volume
+    return replace(volume, voxels=voxels, affine=like.affine)
 
 
 def output_suffix(volume: Volume) -> str:

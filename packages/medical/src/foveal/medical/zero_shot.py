@@ -186,13 +186,14 @@ def zero_shot_command(
     said = None if prompts is None else read_prompts(prompts)
     if said is not None and not images:
         raise UserError("expected images to classify: files or folders before --prompts")
-    places, cases = (collect_films(images), []) if said is not None else ([], _pairs_of(pairs))
+    folder = output or Path("zero_shot")
+    places, cases = (collect_films(images, folder), []) if said is not None else ([], _pairs_of(pairs))
     labels = None
     if truth is not None and said is not None:
         from foveal.medical.film_truth import report_scores, truth_of  # torchmetrics takes seconds to import
 
         labels = truth_of(truth, places, list(said))
-    folder, report = output or Path("zero_shot"), BatchReport()
+    report = BatchReport()
     target = folder / (TABLE if said is not None else RETRIEVAL)
     if target.exists() and not overwrite:  # the model, which may be large, is not even read
         report.kept(target, [str(target)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, UInt8
 
 from foveal.core.errors import UserError
-from foveal.detection.data.pictures import read_picture
+from foveal.detection.data.pictures import read_picture, size_of
 from foveal.detection.models.direct_mhp import axes
 
 #: Half the width, height and depth of a drawn head over half its height.
@@ -32,7 +32,7 @@ class HeadPicture:
     Attributes:
         number: its id in the file.
         path: of the picture; of a drawn one a name alone.
-        size: width and height; (0, 0) where the file does not tell.
+        size: width and height in pixels.
         boxes: left, top, right, bottom in pixels.
         angles: pitch, yaw, roll in degrees.
         image: the pixels of a drawn one.
@@ -91,14 +91,15 @@ def read_heads(file: str | Path, images: str | Path) -> list[HeadPicture]:
                 )
             boxes.append([box[0], box[1], box[0] + box[2], box[1] + box[3]])
             angles.append(turned)
-        size = (int(entry.get("width", 0)), int(entry.get("height", 0)))
+        size = (int(entry.get("width") or 0), int(entry.get("height") or 0))
         pictures.append(HeadPicture(number, place, size, np.array(boxes).reshape(-1, 4), np.array(angles).reshape(-1, 3)))
     missing = [picture.path for picture in pictures if not picture.path.is_file()]
     if missing:
         raise UserError(f"expected the pictures of {path} in {folder}; {len(missing)} of {len(pictures)} are missing, {missing[0].name} first")
     if not pictures:
         raise UserError(f"expected pictures in {path}; it lists none")
-    return pictures
+    # A file that does not tell sizes leaves it to the pictures: found boxes end at their edges.
+    return [picture if all(picture.size) else replace(picture, size=size_of(picture.path)) for picture in pictures]
 
 
 def _numbers(value: Any, count: int, name: str, file: Path) -> list[float]:

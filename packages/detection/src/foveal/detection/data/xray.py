@@ -227,10 +227,11 @@ def together(items: Sequence[tuple[Tensor, tuple[int, int], int, Objects]]) -> X
 
 
 class XRayData(pl.LightningDataModule):
-    """PIDray in its folder, or, without one, scenes made by projection.
+    """PIDray in its folder, scenes that ``foveal detection project`` wrote, or, without a folder, scenes made by projection.
 
     Args:
-        source: PIDray's folder; None makes scenes.
+        source: PIDray's folder; or one with an ``annotations.json`` beside its pictures, as ``project`` writes it; None makes scenes.
+        test_source: folder of the second kind to validate and test on; with it PIDray's own splits are not asked for.
         crops: folder of crops, a folder a class, for projection; None: drawn shapes for made scenes, and no projection onto PIDray.
         bags: folder of pictures of harmless bags for made scenes; None draws them.
         made: made scenes for training; a quarter as many each for validation and test.
@@ -244,6 +245,7 @@ class XRayData(pl.LightningDataModule):
     def __init__(
         self,
         source: str | None = None,
+        test_source: str | None = None,
         crops: str | None = None,
         bags: str | None = None,
         made: int = 200,
@@ -258,19 +260,37 @@ class XRayData(pl.LightningDataModule):
             raise UserError(f"expected at least 2 pictures a batch, for batch norm over whole pictures; got {batch_size}")
         if convention not in NORMALISATION:
             raise UserError(f"expected a convention of {', '.join(NORMALISATION)}; got {convention!r}")
-        self.source, self.side, self.convention = source, side, convention
+        if source is None and test_source is not None:
+            raise UserError("expected data.source beside data.test_source; made scenes are measured on made ones")
+        self.source, self.test_source, self.side, self.convention = source, test_source, side, convention
+        self._read: dict[str, dict[str, CocoScenes | MadeScenes]] = {}
         self.batch_size, self.workers, self.seed, self.made = batch_size, workers, seed, made
         self.names = list(CLASSES)
         self.threats = read_crops(crops, self.names) if crops else []
         self.bags = pictures_of(bags) if bags else []
 
     def scenes(self, part: str) -> dict[str, CocoScenes | MadeScenes]:
-        """Name -> scenes of "train", "validate" or "test". PIDray has no validation pictures: a test's easy ones stand in."""
+        """Name -> scenes of "train", "validate" or "test", opened once. PIDray has no validation pictures: a test's easy ones stand in."""
+        if part not in self._read:
+            self._read[part] = self._scenes(part)
+        return self._read[part]
+
+    def _scenes(self, part: str) -> dict[str, CocoScenes | MadeScenes]:
         if self.source is None:
             items = self.threats or drawn_crops(self.names)
             count, seed = {"train": (self.made, 0), "validate": (self.made // 4, 1), "test": (self.made // 4, 2)}[part]
             return {"made": MadeScenes(max(count, 1), items, self.names, self.bags, self.side, seed=3 * self.seed + seed)}
         root = Path(self.source)
+        written = (root / "annotations.json").is_file()
+        if part != "train" and self.test_source is not None:
+            return {"scenes": CocoScenes(Path(self.test_source) / "annotations.json", Path(self.test_source))}
+        if written and part != "train":
+            raise UserError(
+                f"expected data.test_source, other scenes than those of {root} to measure on; got none; make them with another seed: "
+                "foveal detection project --seed 1 -o FOLDER"
+            )
+        if written:
+            return {"scenes": CocoScenes(root / "annotations.json", root)}
         if part == "train":
             return {"train": CocoScenes(root / "annotations" / "xray_train.json", root / "train")}
         splits = SPLITS if part == "test" else SPLITS[:1]

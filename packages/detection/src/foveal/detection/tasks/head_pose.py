@@ -53,7 +53,7 @@ class HeadPoseTask(pl.LightningModule):
         measured_score: score above which a head is taken for found when angles are measured.
 
     Raises:
-        UserError: weights that cannot be read, or of which nothing fits.
+        UserError: weights that cannot be read, or of which less than half fits.
     """
 
     def __init__(
@@ -138,8 +138,7 @@ class HeadPoseTask(pl.LightningModule):
         said = self.network(batch.images)
         places = {id(picture): place for place, picture in enumerate(self._data.pictures(part))}
         for row, (picture, (factor, padding)) in enumerate(zip(batch.pictures, batch.factors, strict=True)):
-            height, width = picture.image.shape[:2] if picture.image is not None else (picture.size[1], picture.size[0])
-            found = heads_of(said, row, factor, padding, (width, height), score=0.001, overlap=0.65)
+            found = heads_of(said, row, factor, padding, picture.size, score=0.001, overlap=0.65)
             place = places.get(id(picture), next(n for n, other in enumerate(self._data.pictures(part)) if other.number == picture.number))
             self._found.append((place, found))
             if index == 0 and row == 0:
@@ -214,7 +213,7 @@ def start_from(network: DirectMHP, weights: str) -> list[str]:
     """Take over every tensor that fits by name and shape; the keys that did not are given back, and keep their random start.
 
     Raises:
-        UserError: a file that cannot be read, or of which nothing fits.
+        UserError: a file that cannot be read, or of which less than half fits.
     """
     own = network.state_dict()
     if weights.endswith(".safetensors"):
@@ -222,12 +221,17 @@ def start_from(network: DirectMHP, weights: str) -> list[str]:
     else:
         theirs = DIRECT_MHP.renamed(read_released(weights).state)
         given = {ours: theirs[sources[0][0]] for ours, sources in DIRECT_MHP.table(network).items() if sources[0][0] in theirs}
-    fitting = {
-        key: value.to(own[key].dtype) for key, value in given.items() if key in own and value.shape == own[key].shape and "anchor" not in key
-    }  # fmt: skip
+    given = {key: value for key, value in given.items() if "anchor" not in key}
+    fitting = {key: value.to(own[key].dtype) for key, value in given.items() if key in own and value.shape == own[key].shape}
     if not fitting:
         raise UserError(
             f"expected weights of a DirectMHP or YOLOv5 of this size; nothing in {weights} fits; choose another file or model.config.width"
+        )
+    # Counters of norms have one shape in every network: most of what is named must fit.
+    if 2 * len(fitting) <= len(given):
+        raise UserError(
+            f"expected weights of a DirectMHP or YOLOv5 of this size; of {len(given)} tensors in {weights} that have its names "
+            f"{len(given) - len(fitting)} do not fit; choose another file, or model.config.width and depth"
         )
     network.load_state_dict({**own, **fitting})
     return sorted(key for key in own.keys() - fitting.keys() if "anchor" not in key)

@@ -46,7 +46,7 @@ class SegmentationTask(pl.LightningModule):
         class_weights: of each class in the loss; None weighs all alike.
 
     Raises:
-        UserError: weights that cannot be read, or of which nothing fits; a network without the heads of training.
+        UserError: weights that cannot be read, or of which less than half fits; a network without the heads of training.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ def start_from(network: BEVANet, weights: str) -> list[str]:
     """Take over every tensor that fits by name and shape; the keys that did not are given back, and keep their random start.
 
     Raises:
-        UserError: a file that cannot be read, or of which nothing fits.
+        UserError: a file that cannot be read, or of which less than half fits.
     """
     own = network.state_dict()
     if Path(weights).suffix == ".safetensors":
@@ -173,5 +173,11 @@ def start_from(network: BEVANet, weights: str) -> list[str]:
     fitting = {key: value.to(own[key].dtype) for key, value in given.items() if key in own and value.shape == own[key].shape}
     if not fitting:
         raise UserError(f"expected weights of a BEVANet of this size; nothing in {weights} fits; choose another file or model.config.channels")
+    # Counters of norms have one shape in every network, and a convolution here and there may fit: most of what is named must.
+    if 2 * len(fitting) <= len(given):
+        raise UserError(
+            f"expected weights of a BEVANet of this size; of {len(given)} tensors in {weights} that have its names {len(given) - len(fitting)} do "
+            "not fit; choose another file, or model.config.channels and blocks"
+        )
     network.load_state_dict({**own, **fitting})
     return sorted(own.keys() - fitting.keys())

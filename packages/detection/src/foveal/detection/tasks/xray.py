@@ -6,6 +6,7 @@ the 11th, a warm-up of 500 steps from a third, ResNet-101 pretrained on ImageNet
 
 from __future__ import annotations
 
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,19 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from foveal.core.checkpoint import load_weights, start_from
 from foveal.core.errors import UserError
+from foveal.core.processes import of_every_process, once
 from foveal.detection.data.xray import XRayBatch, XRayData
 from foveal.detection.metrics import average_precision, encoded
 from foveal.detection.models.sdanet import SDANet, SDANetConfig, paste
 from foveal.detection.models.sdanet_loss import losses
+
+#: What the keys of those parts begin with whose shape depends on the number of classes.
+_OF_CLASSES = tuple(f"boxes.{stage}.score." for stage in range(3)) + tuple(f"masks.{stage}.10." for stage in range(3))
+
+
+_picture = itemgetter("image_id")
 
 
 class XRayTask(pl.LightningModule):
@@ -27,6 +36,8 @@ class XRayTask(pl.LightningModule):
 
     Args:
         config: of the network.
+        weights: file of ours to start from or to measure, such as ``convert sdanet`` writes; parts that depend on the number of classes are taken
+            over where it is the same.
         backbone: file with a state dict of torchvision's ResNet to start from, such as one pretrained on ImageNet; None starts at random.
         frozen_stages: of the ResNet that keep their weights: 1 is the stem and the first stage; 0 trains all.
         learning_rate: highest.
@@ -34,11 +45,15 @@ class XRayTask(pl.LightningModule):
         weight_decay: of all parameters.
         steps: epochs after which the rate falls to a tenth.
         warmup_steps: from a third of the rate.
+
+    Raises:
+        UserError: weights or a backbone that cannot be read or do not fit.
     """
 
     def __init__(
         self,
         config: SDANetConfig = SDANetConfig(),  # noqa: B008  (frozen)
+        weights: str | None = None,
         backbone: str | None = None,
         frozen_stages: int = 0,
         learning_rate: float = 0.02,
@@ -51,6 +66,11 @@ class XRayTask(pl.LightningModule):
         self.network = SDANet(config)
         if backbone is not None:
             self._start_from(backbone)
+        if weights is not None:
+            convention = load_weights(weights, "sdanet").config.get("convention")
+            if convention != config.convention:
+                raise UserError(f"expected model.config.convention and data.convention {convention}, as {weights} has it; got {config.convention}")
+            start_from(self.network, weights, "sdanet", heads=_OF_CLASSES)
         for name, parameter in self.network.backbone.body.named_parameters():
             stage = 1 if name.startswith(("conv1", "bn1")) else int(name[5]) if name.startswith("layer") else 9
             parameter.requires_grad_(stage > frozen_stages)
@@ -58,6 +78,15 @@ class XRayTask(pl.LightningModule):
         self.steps, self.warmup_steps = tuple(steps), warmup_steps
         self._boxes: dict[int, list[dict[str, Any]]] = {}
         self._masks: dict[int, list[dict[str, Any]]] = {}
+
+    def setup(self, stage: str) -> None:
+        """The heads must have the data's classes, and pictures be prepared as boxes are counted."""
+        data, config = self._data, self.network.config
+        if data.convention != config.convention:
+            raise UserError(f"expected data.convention {config.convention}, as the network's; got {data.convention}")
+        for name, scenes in data.scenes("train" if stage == "fit" else "validate" if stage == "validate" else "test").items():
+            if len(scenes.categories) != config.classes:
+                raise UserError(f"expected model.config.classes {len(scenes.categories)}, as the pictures of {name} have; got {config.classes}")
 
     def _start_from(self, file: str) -> None:
         if not Path(file).is_file():
@@ -106,11 +135,12 @@ class XRayTask(pl.LightningModule):
 
     def _figures(self, stage: str) -> None:
         figures: dict[str, list[float]] = {"AP": [], "mask_AP": []}
+        shares = of_every_process(self.trainer, (self._boxes, self._masks))
         for place, (split, scenes) in enumerate(self._data.measured.items()):
             truth = scenes.truth
             measured = {
-                "AP": average_precision(truth, self._boxes.get(place, []))[0],
-                "mask_AP": average_precision(truth, self._masks.get(place, []), "segm")[0],
+                "AP": average_precision(truth, once([boxes.get(place, []) for boxes, _ in shares], _picture))[0],
+                "mask_AP": average_precision(truth, once([masks.get(place, []) for _, masks in shares], _picture), "segm")[0],
             }
             for name, value in measured.items():
                 figures[name].append(value["AP"])

@@ -12,11 +12,15 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from foveal.core.errors import UserError
 from foveal.core.resumable import SeededItems
 
+#: Batches that a structure may still go into where batches are packed closely.
+_OPEN = 64
+
 
 class EdgeBatches(DistributedSampler):
     """Lists of (epoch, index): a new order each epoch, packed in that order; processes take turns at the batches, so all have equally many.
 
-    In training a last round that is not full is left out.
+    In training every epoch has as many batches as the first, because Lightning counts them once and else would leave out a validation or the last
+    batches: where an epoch's order packs into fewer, the largest are halved; where into more, it is packed closer.
 
     Args:
         edges: of each structure.
@@ -32,6 +36,7 @@ class EdgeBatches(DistributedSampler):
         super().__init__(range(len(edges)), size, rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.edges, self.batch_size, self.max_edges = list(edges), batch_size, max_edges
         self.start = 0
+        self._first: int | None = None
 
     def batches(self) -> list[list[tuple[int, int]]]:
         """The epoch's batches of this process.
@@ -39,41 +44,62 @@ class EdgeBatches(DistributedSampler):
         Raises:
             UserError: fewer structures than processes.
         """
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.edges)).tolist() if self.shuffle else range(len(self.edges))
-        packed: list[list[tuple[int, int]]] = []
-        room = 0.0
+        packed = self._packed(self.epoch)
+        if len(self.edges) < self.num_replicas:
+            raise UserError(f"expected at least {self.num_replicas} structures, one for each process; got {len(self.edges)}; use fewer processes")
+        if self.shuffle:
+            if self._first is None:
+                self._first = len(packed if self.epoch == 0 else self._packed(0))
+            packed = self._as_many(packed, max(self._first // self.num_replicas, 1) * self.num_replicas)
+        else:
+            packed = self._shared(packed)
+        return packed[self.rank :: self.num_replicas]
+
+    def _packed(self, epoch: int, among: int = 1) -> list[list[tuple[int, int]]]:
+        """Each structure in the first of the last `among` batches that has room, or in a new one."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.edges)).tolist() if self.shuffle else range(len(self.edges))
         limit = float("inf") if self.max_edges is None else float(self.max_edges)
+        packed: list[list[tuple[int, int]]] = []
+        rooms: list[float] = []
         for index in order:
-            if not packed or len(packed[-1]) == self.batch_size or self.edges[index] > room:
+            recent = range(max(len(packed) - among, 0), len(packed))
+            place = next((one for one in recent if len(packed[one]) < self.batch_size and self.edges[index] <= rooms[one]), len(packed))
+            if place == len(packed):
                 packed.append([])
-                room = limit
-            packed[-1].append((self.epoch, index))
-            room -= self.edges[index]
-        return self._shared(packed)[self.rank :: self.num_replicas]
+                rooms.append(limit)
+            packed[place].append((epoch, index))
+            rooms[place] -= self.edges[index]
+        return packed
+
+    def _as_many(self, packed: list[list[tuple[int, int]]], count: int) -> list[list[tuple[int, int]]]:
+        """The epoch's structures in so many batches; what even a closer packing leaves over is left out."""
+        if len(packed) > count:
+            packed = self._packed(self.epoch, among=_OPEN)
+        return _halved(packed, count)[:count]
 
     def _shared(self, packed: list[list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
-        """A multiple of the processes: batches are halved where training would have none for a process, and where measuring would leave any out."""
-        processes = self.num_replicas
-        if processes == 1:
-            return packed
-        while len(packed) < processes if self.shuffle else len(packed) % processes:
-            largest = max(packed, key=len, default=[])
-            if len(largest) < 2:
-                break
-            place, half = packed.index(largest), len(largest) // 2
-            packed[place : place + 1] = [largest[:half], largest[half:]]
-        if len(packed) < processes:
-            raise UserError(f"expected at least {processes} structures, one for each process; got {len(packed)}; use fewer processes")
-        if self.shuffle:
-            return packed[: len(packed) // processes * processes]
+        """In measuring: a multiple of the processes, with no structure left out."""
+        packed = _halved(packed, len(packed) + -len(packed) % self.num_replicas)
         # Single structures alone are left: some are measured twice, as torch's own sampler does.
-        return packed + packed[: -len(packed) % processes]
+        return packed + packed[: -len(packed) % self.num_replicas]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.batches()[self.start :])
 
     def __len__(self) -> int:
         return len(self.batches())
+
+
+def _halved(packed: list[list[tuple[int, int]]], count: int) -> list[list[tuple[int, int]]]:
+    """At least `count` batches, as far as there are structures: the largest are cut in two."""
+    while (missing := count - len(packed)) > 0:
+        largest = sorted(range(len(packed)), key=lambda place: -len(packed[place]))[:missing]
+        cut = {place for place in largest if len(packed[place]) > 1}
+        if not cut:
+            break
+        halves = ([batch[: len(batch) // 2], batch[len(batch) // 2 :]] if place in cut else [batch] for place, batch in enumerate(packed))
+        packed = [part for parts in halves for part in parts]
+    return packed
 
 
 class EdgeBatchLoader(DataLoader):

@@ -109,7 +109,7 @@ class StructureFiles(pl.LightningDataModule):
     def graphs(self, structures: Sequence[ase.Atoms], corruption: Corruption | None = None) -> LabelledGraphs:
         """Structures as the network takes them."""
         config = self._network_config()
-        return LabelledGraphs(structures, config.cutoff, config.max_neighbors, corruption)
+        return LabelledGraphs(structures, config.cutoff, config.max_neighbors, corruption, config.max_elements)
 
     def _network_config(self) -> Any:
         assert self.trainer is not None  # asked for while it runs

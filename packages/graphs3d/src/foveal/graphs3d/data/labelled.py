@@ -10,6 +10,7 @@ import ase
 import numpy as np
 import torch
 from ase.constraints import FixAtoms
+from ase.data import chemical_symbols
 from ase.stress import voigt_6_to_full_3x3_stress
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -91,12 +92,14 @@ class LabelledGraphs(Dataset):
         cutoff: A.
         max_neighbors: of each atom the nearest so many are kept.
         corruption: moves atoms; None: none.
+        max_elements: of the network: atomic numbers go below it; None: any.
     """
 
     def __init__(
-        self, structures: Sequence[ase.Atoms], cutoff: float, max_neighbors: int | None = None, corruption: Corruption | None = None
-    ) -> None:
-        self.structures, self.corruption = structures, corruption
+        self, structures: Sequence[ase.Atoms], cutoff: float, max_neighbors: int | None = None, corruption: Corruption | None = None,
+        max_elements: int | None = None,
+    ) -> None:  # fmt: skip
+        self.structures, self.corruption, self.max_elements = structures, corruption, max_elements
         self._neighbors = NeighborList(cutoff, 0.0, max_neighbors)
 
     def __len__(self) -> int:
@@ -110,6 +113,12 @@ class LabelledGraphs(Dataset):
 
     def _labelled(self, atoms: ase.Atoms) -> Labelled:
         labels, count = labels_of(atoms), len(atoms)
+        if self.max_elements is not None and count and int(atoms.numbers.max()) >= self.max_elements:
+            last, strange = (chemical_symbols[number] for number in (self.max_elements - 1, int(atoms.numbers.max())))
+            raise UserError(
+                f"expected elements up to {last}, which is what the network has room for (max_elements {self.max_elements}); got {strange}; leave "
+                "the structure out, or train a network with more"
+            )
         forces = labels.get("forces", np.full((count, 3), np.nan))
         if forces.shape != (count, 3):
             raise UserError(f"expected forces of shape ({count}, 3); got {forces.shape}")

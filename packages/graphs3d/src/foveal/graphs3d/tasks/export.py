@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from foveal.core.exporting import export_command, read_run
+from foveal.core.exporting import TrainedRun, export_command, read_run
 from foveal.graphs3d.checkpoints import model_from_weights
 from foveal.graphs3d.models.equiformer_v3 import EquiformerV3, EquiformerV3Config
 from foveal.graphs3d.tasks.potential import PotentialTask
@@ -29,18 +29,22 @@ def export(checkpoint: str | Path, target: str | Path, card: str | None = None, 
         UserError: not a checkpoint in a run's folder.
     """
     run = read_run(checkpoint)
-    settings = run.settings["model"]["init_args"]
-    if settings.get("network") is None:
-        started = model_from_weights(run.folder / "potential.safetensors")
-        assert isinstance(started, EquiformerV3)  # asked for by its system's name
-        network = started
-    else:
-        network = EquiformerV3(EquiformerV3Config(**settings["network"]["init_args"]["config"]))
+    network = EquiformerV3(_config_of(run))
     task = PotentialTask(network)
-    network.load_state_dict(run.weights)
-    task.references.copy_(run.state["references"])
-    task.scale.copy_(run.state["scale"])
+    task.load_state_dict(run.state)
     return task.write(target, {"steps": str(run.steps)}, dtype, card)
+
+
+def _config_of(run: TrainedRun) -> EquiformerV3Config:
+    if "network_config" in run.checkpoint:
+        return EquiformerV3Config(**run.checkpoint["network_config"])
+    # Checkpoints from before they held the sizes.
+    network = run.settings["model"]["init_args"].get("network")
+    if network is not None:
+        return EquiformerV3Config(**network["init_args"]["config"])
+    started = model_from_weights(run.folder / "potential.safetensors")
+    assert isinstance(started, EquiformerV3)  # asked for by its system's name
+    return started.config
 
 
 if __name__ == "__main__":

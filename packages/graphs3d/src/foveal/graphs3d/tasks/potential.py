@@ -8,9 +8,13 @@ averaged weights by Lightning's EMAWeightAveraging. Denoising (DeNS) moves atoms
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import ase
 import lightning.pytorch as pl
 import numpy as np
 import torch
@@ -34,6 +38,8 @@ from foveal.graphs3d.tasks.references import element_references, force_scale
 HEADS = ("force_head.", "stress_head.", "denoising_head.", "force_embedding.")
 #: Structures whose energies a fine-tuned network's references are fitted to.
 _FITTED = 500
+#: Further ones that are looked for of an element that is rare among them.
+_OF_AN_ELEMENT = 8
 
 
 class PotentialTask(pl.LightningModule):
@@ -60,7 +66,8 @@ class PotentialTask(pl.LightningModule):
         stress_weight: of its loss.
         energy_per_atom: the energy's error is divided by the number of atoms, as on OMat24; not so on OC20.
         denoising_weight: of the loss of atoms that were moved, in place of `forces_weight`.
-        scale: eV that labels are divided by; None: the root mean square of the training forces, or with `weights` theirs.
+        scale: eV that labels are divided by; None: the root mean square of the training forces, or with `weights` theirs, which in the direct form
+            may be another one for forces and stress.
         references: "fit" takes each element's energy from the training set by least squares, for fine-tuning so that the network's start is
             right on average; "keep" takes those of `weights`.
 
@@ -70,6 +77,7 @@ class PotentialTask(pl.LightningModule):
 
     references: Tensor
     scale: Tensor
+    forces_scale: Tensor
     prepared: Tensor
 
     def __init__(
@@ -104,28 +112,47 @@ class PotentialTask(pl.LightningModule):
             raise UserError("expected weights whose references are kept; got references: keep without weights; set references: fit")
         self.register_buffer("references", torch.zeros(self.network.config.max_elements, dtype=torch.float64))
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+        self.register_buffer("forces_scale", torch.ones((), dtype=torch.float64))
         self.register_buffer("prepared", torch.zeros((), dtype=torch.bool))
+        if self.started_from is not None:
+            self._take_terms(energy_terms(self.started_from))
         self._pairs: dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]] = {}
+
+    def _take_terms(self, known: EnergyTerms) -> None:
+        """Those of the weights, until training data say otherwise: what is measured without training is measured in eV."""
+        self.scale.fill_(known.scale)
+        # Where forces are derivatives there is one scale.
+        own = known.forces_scale if self.network.config.direct else None
+        self.forces_scale.fill_(known.scale if own is None else own)
+        for symbol, value in known.references.items():
+            self.references[chemical_symbols.index(symbol)] = value
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if f"{prefix}scale" in state_dict:  # checkpoints from before forces had a scale of their own
+            state_dict.setdefault(f"{prefix}forces_scale", state_dict[f"{prefix}scale"])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """With the network's sizes, which a config that names `weights` alone does not say."""
+        checkpoint["network_config"] = asdict(self.network.config)
 
     def on_fit_start(self) -> None:
         """Fit references and scale to the training data, once; a resumed run has them."""
         if bool(self.prepared):
             return
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        known = EnergyTerms(1.0, {}, True) if self.started_from is None else energy_terms(self.started_from)
         structures = datamodule.sample()
-        scale = self.wanted_scale or (force_scale(structures) if self.started_from is None else known.scale)
-        if self.fitted_references == "keep":
-            for symbol, value in known.references.items():
-                self.references[chemical_symbols.index(symbol)] = value
-        else:
+        if self.wanted_scale or self.started_from is None:
+            scale = self.wanted_scale or force_scale(structures)
+            self.scale.fill_(scale)
+            self.forces_scale.fill_(scale)
+        if self.fitted_references == "fit":
             if self.started_from is not None:
-                structures = datamodule.sample(_FITTED)
+                structures = _with_every_element(structures, _FITTED)
             energies = np.array([float(labels_of(atoms).get("energy", np.nan)) for atoms in structures])
             if self.started_from is not None:
-                energies = energies - scale * self._raw_energies(datamodule, structures)
+                energies = energies - float(self.scale) * self._raw_energies(datamodule, structures)
             self.references.copy_(torch.from_numpy(element_references(structures, energies, len(self.references))))
-        self.scale.fill_(scale)
         self.prepared.fill_(True)
 
     def _raw_energies(self, datamodule: Any, structures: list) -> np.ndarray:
@@ -143,7 +170,7 @@ class PotentialTask(pl.LightningModule):
         graph, denoising = batch.graph.to(self.device, dtype), None
         if batch.noise is not None:
             # Where forces are not known nothing was moved.
-            forces = torch.nan_to_num(batch.forces / self.scale).to(dtype)
+            forces = torch.nan_to_num(batch.forces / self.forces_scale).to(dtype)
             denoising = Denoising(forces, batch.noise.corrupted, batch.noise.structures)
         return self.network(*graph, denoising=denoising)
 
@@ -162,13 +189,13 @@ class PotentialTask(pl.LightningModule):
             if batch.noise is not None:
                 known = known & ~batch.noise.structures
             if known.any():
-                target = (batch.stress[known] / self.scale).to(prediction.stress.dtype)
+                target = (batch.stress[known] / self.forces_scale).to(prediction.stress.dtype)
                 losses["stress"] = self.loss_weights["stress"] * (prediction.stress[known] - target).abs().mean()
         return losses
 
     def _forces_loss(self, batch: Labelled, forces: Tensor) -> dict[str, Tensor]:
         """One mean over atoms of the length of the error; atoms that were moved have the noise as target and a weight of their own."""
-        target, known = batch.forces / self.scale, batch.free & torch.isfinite(batch.forces).all(1)
+        target, known = batch.forces / self.forces_scale, batch.free & torch.isfinite(batch.forces).all(1)
         weight = torch.full_like(forces[:, 0], self.loss_weights["forces"])
         if batch.noise is not None:
             target = torch.where(batch.noise.corrupted.unsqueeze(1), batch.noise.shift, target)
@@ -208,7 +235,7 @@ class PotentialTask(pl.LightningModule):
         return self._in_units(batch, self(batch).detach())
 
     def _in_units(self, batch: Labelled, prediction: Prediction) -> Prediction:
-        forces, stress = (None if part is None else self.scale * part.double() for part in (prediction.forces, prediction.stress))
+        forces, stress = (None if part is None else self.forces_scale * part.double() for part in (prediction.forces, prediction.stress))
         energy = self.scale * prediction.energy.double() + self._reference_energy(batch)
         return Prediction(energy, forces, stress, self.scale * prediction.node_energy.double() + self.references[batch.graph.numbers])
 
@@ -256,7 +283,9 @@ class PotentialTask(pl.LightningModule):
         """The network with references and scale as `FovealCalculator` reads them."""
         config = self.network.config
         references = {chemical_symbols[number]: float(value) for number, value in enumerate(self.references) if number and value != 0}
-        metadata = {**(about or {}), **EnergyTerms(float(self.scale), references, known_elements_only=True).header()}
+        separate = config.direct and bool(self.forces_scale != self.scale)
+        terms = EnergyTerms(float(self.scale), references, True, float(self.forces_scale) if separate else None)
+        metadata = {**(about or {}), **terms.header()}
         return save_weights(target, self.network.state_dict(), system="equiformer_v3", config=config, metadata=metadata, dtype=dtype, card=card)
 
     def configure_optimizers(self) -> Any:
@@ -289,6 +318,19 @@ class PotentialTask(pl.LightningModule):
         return self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0)))
 
 
+def _with_every_element(structures: Sequence[ase.Atoms], most: int) -> list[ase.Atoms]:
+    """Evenly spaced ones, and a few more of each element that is rare among them."""
+    places = np.linspace(0, len(structures) - 1, min(most, len(structures))).astype(int).tolist()
+    chosen, taken = [structures[place] for place in places], set(places)
+    held = Counter(number for atoms in chosen for number in set(atoms.numbers.tolist()))
+    for place, atoms in enumerate(structures):
+        elements = set(atoms.numbers.tolist())
+        if place not in taken and any(held[number] < _OF_AN_ELEMENT for number in elements):
+            chosen.append(atoms)
+            held.update(elements)
+    return chosen
+
+
 def _undecayed(module: nn.Module) -> list[nn.Parameter]:
     """Of a module's own parameters those that weight decay would only harm: embeddings, norms, biases."""
     everything = isinstance(module, (nn.Embedding, nn.LayerNorm)) or type(module).__name__ == "MergedLayerNorm"
@@ -309,6 +351,6 @@ def _network(network: EquiformerV3 | None, weights: str | None) -> EquiformerV3:
     if network is None:
         loaded = model_from_weights(weights)
         assert isinstance(loaded, EquiformerV3)  # asked for by its system's name
-        return loaded
+        return loaded.train()
     start_from(network, weights, "equiformer_v3", heads=HEADS)
     return network

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from foveal.core.errors import UserError
-from foveal.medical.volumes import ITK, NIFTI, PICTURES, Volume, read_volume, stem_of, suffix_of
+from foveal.medical.volumes import ITK, NIFTI, PICTURES, Volume, on_grid_of, read_volume, stem_of, suffix_of
 
 Layout = Literal["folders", "chaos_mr", "brats", "hvsmr"]
 
@@ -41,7 +41,7 @@ class Case:
         volumes = [read_volume(path) for path in self.images]
         if self.labels is None:
             raise UserError(f"expected labels for {self.name}; there are none beside {self.images[0]}")
-        labels = _pictures_as_volume(self.labels, volumes[0]) if self.labels.is_dir() else read_volume(self.labels)
+        labels = _pictures_as_volume(self.labels, volumes[0]) if self.labels.is_dir() else on_grid_of(read_volume(self.labels), volumes[0])
         if labels.voxels.shape != volumes[0].voxels.shape:
             raise UserError(f"expected labels on the grid of {self.images[0]} {volumes[0].voxels.shape}; {self.labels} has {labels.voxels.shape}")
         return volumes, labels if self.values is None else labels.like(_renumbered(labels, self.values))

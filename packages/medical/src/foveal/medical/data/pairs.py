@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -60,6 +60,11 @@ def degrade(
     return target + noise * (torch.exp(target) / amount).sqrt()
 
 
+def rows_first(values: Shaped[np.ndarray, "first second"], kind: str) -> Shaped[np.ndarray, "rows columns"]:
+    """A slice with its rows first: the first index of a volume's file runs along a row, that of a picture down a column."""
+    return values if kind == "picture" else values.T
+
+
 class Pairs(Dataset):
     """Crops of pairs, turned by right angles when training.
 
@@ -98,8 +103,8 @@ class Pairs(Dataset):
 class RestorationPairs(pl.LightningDataModule):
     """Pairs to learn restoration from.
 
-    Either the authors' folders, ``{train,test}/{fd,qd,qd_seg_123456}`` with pictures and region maps of one name (any names by `target`,
-    `degraded` and `regions`); or, with `simulate`, any folder of good images, whose every slice is degraded.
+    Either the authors' folders, ``{train,test}/{fd,qd,qd_seg_123456}`` with pictures, or volumes of as many slices, and region maps of one name (any
+    names by `target`, `degraded` and `regions`); or, with `simulate`, any folder of good images, whose every slice is degraded.
 
     Args:
         root: of the folders, or of the good images (a file or folder).
@@ -163,12 +168,23 @@ class RestorationPairs(pl.LightningDataModule):
             if suffix_of(path) not in (*PICTURES, *NIFTI, *ITK) or name not in good:
                 continue
             volumes = [read_volume(place) for place in (path, good[name])]
-            pictures = [self._scaled(volume.voxels[:, :, 0])[None] for volume in volumes]
-            if name in maps:
-                parts = region_volume(maps[name], volumes[1])[:, :, 0]
-            else:
-                parts = superpixels(pictures[0][0].numpy()).repeat(self.scale, 0).repeat(self.scale, 1)
-            pairs.append(Pair(pictures[0], torch.from_numpy(parts), pictures[1]))
+            counts = [volume.voxels.shape[2] for volume in volumes]
+            if counts[0] != counts[1]:
+                raise UserError(f"expected as many slices in {path} as in {good[name]}; got {counts[0]} and {counts[1]}; pair them anew")
+            parts = region_volume(maps[name], volumes[1]) if name in maps else None
+            for index in range(counts[0]):
+                pictures = [self._scaled(rows_first(volume.voxels[:, :, index], volume.kind))[None] for volume in volumes]
+                if parts is not None:
+                    regions_of = rows_first(parts[:, :, index], volumes[1].kind)
+                else:
+                    regions_of = superpixels(pictures[0][0].numpy()).repeat(self.scale, 0).repeat(self.scale, 1)
+                wanted = tuple(self.scale * size for size in pictures[0].shape[1:])
+                if tuple(pictures[1].shape[1:]) != wanted:
+                    raise UserError(
+                        f"expected {good[name]} of {wanted[0]} x {wanted[1]} pixels, {self.scale} times those of {path}; it has "
+                        f"{pictures[1].shape[1]} x {pictures[1].shape[2]}; set scale, or pair them anew"
+                    )
+                pairs.append(Pair(pictures[0], torch.from_numpy(np.ascontiguousarray(regions_of)), pictures[1]))
         if not pairs:
             raise UserError(f"expected pictures of one name in {target} and {degraded}; found none")
         return pairs
@@ -183,7 +199,7 @@ class RestorationPairs(pl.LightningDataModule):
             volume = read_volume(file)
             for index in range(volume.voxels.shape[2]):
                 picture = volume.voxels[:, :, index]
-                target = self._scaled(picture if volume.kind == "picture" else picture.T).clamp(0, 1)[None]
+                target = self._scaled(rows_first(picture, volume.kind)).clamp(0, 1)[None]
                 rows, columns = (size // self.scale * self.scale for size in target.shape[1:])
                 target = target[:, :rows, :columns]
                 if float(target.std()) < 1e-3:  # air above a head teaches nothing

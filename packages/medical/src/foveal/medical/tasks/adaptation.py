@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveal.core.errors import UserError
+from foveal.core.processes import of_every_process
 from foveal.medical.data.image_texts import ImageText
 from foveal.medical.models.ace_lora import ACELoRA, ACELoRAConfig, AdaptedCLIP, label_guided_loss
 from foveal.medical.retrieval_metrics import recalls
@@ -121,13 +122,19 @@ class AdaptationTask(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
 
     def _log_recalls(self, stage: str) -> None:
-        image, text = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
-        texts = self._texts
+        own_image, own_text = (torch.cat(parts).cpu() for parts in zip(*self._seen, strict=True))
+        shares = of_every_process(self.trainer, list(zip(own_image, own_text, self._texts, strict=True)))
         self._seen, self._texts = [], []
+        pairs = [pair for turn in zip(*shares, strict=True) for pair in turn]
+        if len(shares) > 1:  # pairs are dealt out in turn, and the last turn is filled up with the first ones again
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            pairs = pairs[: len(data.pairs("validation" if stage == "val" else "test"))]
+        images, said, texts = zip(*pairs, strict=True)
+        image, text = torch.stack(images), torch.stack(said)
         found = recalls(image, text, texts)
         for name, value in found.items():
-            self.log(f"{stage}/{name}", value, sync_dist=True)
+            self.log(f"{stage}/{name}", value)
         for k in (1, 5, 10):
             both = [found[name] for name in found if name.endswith(f"recall_at_{k}")]
             # Sets of no more than k pairs cannot miss; best.ckpt may still be chosen by this name.
-            self.log(f"{stage}/recall_at_{k}", sum(both) / len(both) if both else 1.0, prog_bar=k == 1, sync_dist=True)
+            self.log(f"{stage}/recall_at_{k}", sum(both) / len(both) if both else 1.0, prog_bar=k == 1)

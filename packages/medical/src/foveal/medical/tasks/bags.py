@@ -6,17 +6,29 @@ is attention-based MIL, the baseline.
 
 from __future__ import annotations
 
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from foveal.core.errors import UserError
+from foveal.core.processes import of_every_process, once
 from foveal.medical.bag_metrics import BagScores, bag_scores
 from foveal.medical.data.bags import BagBatch
 from foveal.medical.models.acmil import BagsOutput, GatedACMIL, MultiHeadACMIL, acmil_loss
+
+
+class _Measured(NamedTuple):
+    """A bag and what it was taken for."""
+
+    name: str
+    length: int
+    label: int
+    probabilities: Float[Tensor, " classes"]
 
 
 class BagTask(pl.LightningModule):
@@ -47,9 +59,7 @@ class BagTask(pl.LightningModule):
         # Part of what was learned, so that a checkpoint measures any bag as it was trained to.
         self.register_buffer("feature_mean", torch.zeros(network.config.features))
         self.register_buffer("feature_scale", torch.ones(network.config.features))
-        self._labels: list[Tensor] = []
-        self._probabilities: list[Tensor] = []
-        self._names: list[tuple[str, int]] = []
+        self._measured: list[_Measured] = []
 
     def on_fit_start(self) -> None:
         """Compare the data with the network, and measure the features where they are to be standardised."""
@@ -78,20 +88,19 @@ class BagTask(pl.LightningModule):
         return total
 
     def _measure(self, batch: BagBatch) -> None:
-        self._probabilities.append(self._probabilities_of(batch).cpu())
-        self._labels.append(batch.labels.cpu())
-        self._names += zip(batch.names, batch.lengths, strict=True)
+        shares, labels = self._probabilities_of(batch).cpu(), batch.labels.tolist()
+        self._measured += [_Measured(*row) for row in zip(batch.names, batch.lengths, labels, shares, strict=True)]
 
     def _probabilities_of(self, batch: BagBatch) -> Float[Tensor, "bags classes"]:
         return self(batch).bag_logits.float().softmax(-1)
 
-    def _finish(self, stage: str) -> BagScores:
-        labels, probabilities = torch.cat(self._labels), torch.cat(self._probabilities)
-        self._labels, self._probabilities = [], []
-        scores = bag_scores(probabilities, labels)
+    def _finish(self, stage: str) -> tuple[list[_Measured], BagScores]:
+        """All bags, those of other processes too, and their scores."""
+        bags, self._measured = once(of_every_process(self.trainer, self._measured), attrgetter("name")), []
+        scores = bag_scores(torch.stack([bag.probabilities for bag in bags]), torch.tensor([bag.label for bag in bags]))
         for name, value in scores._asdict().items():
-            self.log(f"{stage}/{name}", value, prog_bar=name == "macro_f1", sync_dist=True)
-        return scores
+            self.log(f"{stage}/{name}", value, prog_bar=name == "macro_f1")
+        return bags, scores
 
     def validation_step(self, batch: BagBatch, index: int) -> None:
         """Keep a batch's predictions."""
@@ -99,9 +108,8 @@ class BagTask(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores over all bags."""
-        scores = self._finish("val")
-        self.log("val/score", scores.macro_f1 + (scores.auroc if scores.auroc == scores.auroc else 0.5), sync_dist=True)
-        self._names = []
+        _, scores = self._finish("val")
+        self.log("val/score", scores.macro_f1 + (scores.auroc if scores.auroc == scores.auroc else 0.5))
 
     def test_step(self, batch: BagBatch, index: int) -> None:
         """Keep a batch's predictions."""
@@ -112,9 +120,9 @@ class BagTask(pl.LightningModule):
         from foveal.medical.tasks.bag_report import BagReport
 
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        report = BagReport(self._names, torch.cat(self._probabilities).numpy(), torch.cat(self._labels).numpy(), data.class_names)
-        self._names = []
-        self._finish("test")
+        bags, _ = self._finish("test")
+        probabilities, labels = np.stack([bag.probabilities.numpy() for bag in bags]), np.array([bag.label for bag in bags])
+        report = BagReport([(bag.name, bag.length) for bag in bags], probabilities, labels, data.class_names)
         if self.trainer.is_global_zero:
             report.finish(self.trainer)
 

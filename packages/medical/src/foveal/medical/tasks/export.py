@@ -77,7 +77,7 @@ def _about(system: str, run: TrainedRun) -> dict[str, str]:
         return {"classes": "|".join(data["class_names"]), **{name: json.dumps(values) for name, values in scaling.items()}}
     return {
         "preparation": json.dumps(Preparation(**(data.get("preparation") or {})).to_dict()),
-        "classes": "|".join(data["class_names"]),
+        "classes": "|".join(data.get("class_names") or [f"class {label}" for label in range(1, data["classes"])]),
         "sequences": "flair|t1|t1ce|t2" if data.get("layout") == "brats" else "image",
         "views": "|".join(run.settings["model"]["init_args"].get("views") or ()),
     }

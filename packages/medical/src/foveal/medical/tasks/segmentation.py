@@ -8,6 +8,7 @@ that the bundled weights are held against.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter, itemgetter
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from foveal.core.errors import UserError
 from foveal.core.muon import Muon
+from foveal.core.processes import of_every_process, once
 from foveal.medical.data.slices import Scan
 from foveal.medical.inference import View, check_views, in_cpu_order, logits_of, run_slices
 from foveal.medical.losses import bce_dice_loss, guided_loss
@@ -71,7 +73,7 @@ class SegmentationTask(pl.LightningModule):
         self.schedule, self.warmup, self.patience, self.slices_at_once, self.views = schedule, warmup, patience, slices_at_once, tuple(views)
         self.dice_ce = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
         self.dice = DiceLoss(to_onehot_y=True, softmax=True, include_background=False)
-        self._scores: list[np.ndarray] = []
+        self._scores: list[tuple[str, np.ndarray]] = []
         self._cases: list[Any] = []
 
     def forward(self, image: Tensor) -> Tensor:
@@ -111,15 +113,16 @@ class SegmentationTask(pl.LightningModule):
     def validation_step(self, scan: Scan, index: int) -> None:
         """Dice of each structure of a scan."""
         classes = self.trainer.datamodule.classes  # type: ignore[attr-defined]
-        self._scores.append(dice_scores(self.segmented(scan), scan.labels.voxels, classes))
+        self._scores.append((scan.name, dice_scores(self.segmented(scan), scan.labels.voxels, classes)))
 
     def on_validation_epoch_end(self) -> None:
         """Mean over scans."""
-        table, self._scores = np.array(self._scores), []
+        scores = once(of_every_process(self.trainer, self._scores), itemgetter(0))
+        table, self._scores = np.array([row for _, row in scores]), []
         names = self.trainer.datamodule.class_names  # type: ignore[attr-defined]
         for name, column in zip(names, table.T, strict=True):
-            self.log(f"val/dice_{name.replace(' ', '_')}", np.nan_to_num(mean_known(column)), sync_dist=True)
-        self.log("val/dice", np.nan_to_num(mean_known(table)), prog_bar=True, sync_dist=True)
+            self.log(f"val/dice_{name.replace(' ', '_')}", np.nan_to_num(mean_known(column)))
+        self.log("val/dice", np.nan_to_num(mean_known(table)), prog_bar=True)
 
     def test_step(self, scan: Scan, index: int) -> None:
         """Segment a scan and keep what the report needs."""
@@ -133,7 +136,8 @@ class SegmentationTask(pl.LightningModule):
         """Log the means; write the table, the pictures and the page."""
         from foveal.medical.tasks.segmentation_report import SegmentationReport
 
-        report = SegmentationReport(self._cases, self.trainer.datamodule.class_names)  # type: ignore[attr-defined]
+        cases = once(of_every_process(self.trainer, self._cases), attrgetter("name"))
+        report = SegmentationReport(cases, self.trainer.datamodule.class_names)  # type: ignore[attr-defined]
         self._cases = []
         for name, value in report.means().items():
             self.log(f"test/{name}", value)
