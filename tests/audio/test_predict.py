@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -16,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foveal.audio.audio_files import Resampler, open_recording, wav_subtype
-from foveal.audio.batches import output_names
+from foveal.audio.batches import Verb, run_command
 from foveal.audio.demo import load_references
 from foveal.audio.predict import Separator
 from foveal.audio.stitching import SpeakerOrder, plan_chunks, process_stream
+from foveal.core.files import output_names
 
 
 def noise(seconds: float, rate: int, channels: int | None = None, seed: int = 0) -> np.ndarray:
@@ -258,6 +260,15 @@ def test_the_weights_give_the_same_separation_after_a_round_trip_through_a_file(
 )
 def test_inputs_with_the_same_name_have_outputs_of_their_own(files, names):
     assert output_names([Path(file) for file in files]) == names
+
+
+def test_a_second_run_over_the_folder_above_its_results_takes_none_of_them_in(tiny_separator, tmp_path, capsys):
+    soundfile.write(tmp_path / "talk.wav", noise(1.2, 16_000), 16_000)
+    verb = Verb("separate", "separated", lambda *_: tiny_separator, lambda _: ["speaker1", "speaker2"], lambda: None)
+    for state in ("done", "kept"):
+        assert run_command(verb, [tmp_path], output=tmp_path / "out", as_json=True) == 0
+        assert [entry["state"] for entry in json.loads(capsys.readouterr().out)["files"]] == [state]
+    assert len(list((tmp_path / "out").iterdir())) == 2
 
 
 def test_sample_formats_that_wav_lacks_become_16_bit():

@@ -13,6 +13,7 @@ import torch
 from foveal.core.checkpoint import save_weights
 from foveal.core.errors import UserError
 from foveal.eeg import events as event_files
+from foveal.eeg.checkpoints import convert_file, to_official
 from foveal.eeg.classify import BUNDLED_CLASSIFIER, Classifier, classify_command
 from foveal.eeg.models.tfm_encoder import EncoderConfig, TFMEncoder
 from foveal.eeg.predict import adjusted
@@ -99,6 +100,21 @@ def test_what_cannot_be_classified_is_said(weights, tiny_tokenizer, make_raw, tm
         Classifier.from_pretrained(bare, "cpu")
     with pytest.raises(UserError, match="name some files or folders"):
         classify_command([])
+
+
+@pytest.mark.parametrize(("logits", "names"), [(1, ("0", "1")), (3, ("0", "1", "2"))])
+def test_converted_weights_classify_with_a_tokenizer_and_numbers_for_classes(tiny_weights, make_raw, tmp_path, logits, names):
+    torch.save(to_official("tfm_encoder", network(logits)), tmp_path / "theirs.pth")
+    sizes = {"emb_size": 16, "code_book_size": 32, "num_heads": 2, "depth": 1}
+    convert_file("tfm_encoder", tmp_path / "theirs.pth", tmp_path / "ours.safetensors", **sizes)
+    classifier = Classifier.from_pretrained(tmp_path / "ours.safetensors", "cpu", tiny_weights)
+    assert classifier.classes == names
+    assert set(classifier(make_raw(11))["trial_type"]) <= set(names)
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(tiny_tokenizer):
+    with pytest.raises(UserError, match="classifier's 64 codes; got one of 32"):
+        Classifier(tiny_tokenizer, network(2, codes=64), ["a", "b"])
 
 
 def test_files_of_the_command_hold_the_same_classes_in_every_format(weights, make_raw, write_edf, tmp_path, capsys):

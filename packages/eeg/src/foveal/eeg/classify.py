@@ -46,6 +46,9 @@ class Classifier:
         expected = 2 if kind == "binary" else model.head.out_features
         if len(self.classes) != expected:
             raise UserError(f"expected the names of {expected} classes; got {', '.join(self.classes)}")
+        if tokenizer.model.config.codes != model.config.codes:
+            codes = model.config.codes, tokenizer.model.config.codes
+            raise UserError(f"expected a tokenizer of the classifier's {codes[0]} codes; got one of {codes[1]}; name the one it was trained with")
 
     @classmethod
     def from_pretrained(
@@ -53,8 +56,10 @@ class Classifier:
     ) -> Classifier:
         """Load trained weights; the header names the classes and, unless `tokenizer` is given, the tokenizer's file beside it or in the package.
 
+        Converted weights of the authors say neither: with `tokenizer` their classes are numbers, from 0.
+
         Raises:
-            UserError: missing, corrupt or foreign weights, or a header without classes.
+            UserError: missing, corrupt or foreign weights, a header without classes, or a tokenizer of another vocabulary.
         """
         path = BUNDLED_CLASSIFIER if source is None else Path(source)
         if source is None and not path.exists():
@@ -62,14 +67,17 @@ class Classifier:
         model = model_from_weights(path, "tfm_encoder")
         assert isinstance(model, TFMEncoder)  # asked for by its system's name
         header = load_weights(path).metadata
-        if "classes" not in header or ("tokenizer" not in header and tokenizer is None):
-            raise UserError(f"expected classes and tokenizer in the header of {path}; export it again, or pass --tokenizer")
+        if tokenizer is None and not {"classes", "tokenizer"} <= header.keys():
+            raise UserError(f"expected classes and tokenizer in the header of {path}; export it again, or pass --tokenizer: classes are numbers then")
         place = Path(tokenizer) if tokenizer is not None else (path if path.is_dir() else path.parent) / header["tokenizer"]
         if tokenizer is None and not place.exists() and (shipped := BUNDLED_CLASSIFIER.with_name(header["tokenizer"])).exists():
             place = shipped
         made = Tokenizer.from_pretrained(place, device if not isinstance(device, str) else resolve_device(device))
         made.preparation = preparation_of(path)
-        return cls(made, model, header["classes"].split("|"), header.get("kind", "single_label"))
+        logits = model.head.out_features
+        kind = header.get("kind", "binary" if logits == 1 else "single_label")
+        names = header["classes"].split("|") if "classes" in header else [str(index) for index in range(max(logits, 2))]
+        return cls(made, model, names, kind)
 
     def __call__(
         self, raw: mne.io.BaseRaw, preparation: Preparation | None = None, progress: Callable[[float, float], None] | None = None

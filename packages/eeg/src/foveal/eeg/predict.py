@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import mne
 import numpy as np
@@ -182,10 +183,9 @@ def preparation_of(path: str | Path) -> Preparation:
     header = load_weights(path).metadata
     band = tuple(float(edge) for edge in header["band"].split()) if "band" in header else (0.1, 75.0)
     channels = tuple(header["channels"].split("|")) if "channels" in header else None
-    return Preparation(
-        window=float(header.get("window_seconds", 5.0)), montage=header.get("montage", "auto"), channels=channels, band=(band[0], band[1]),
-        scale=header.get("scale", "window"),
-    )  # type: ignore[arg-type]  # fmt: skip
+    montage: Any = header.get("montage", "auto")
+    scale: Any = header.get("scale", "window")
+    return Preparation(window=float(header.get("window_seconds", 5.0)), montage=montage, channels=channels, band=(band[0], band[1]), scale=scale)
 
 
 def _collect(examples: dict[int, list[ndarray]], ids: ndarray, signal: ndarray, window: int, hop: int) -> None:
