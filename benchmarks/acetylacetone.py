@@ -73,7 +73,7 @@ def errors(potential: Potential, structures: Sequence[ase.Atoms]) -> dict[str, f
 
 def cpu_seconds(process: int) -> float:
     """That a process took so far, and the system for it."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
@@ -85,7 +85,7 @@ def train_ours(runs: Path, steps: int | None) -> dict[str, Any]:
         steps: in place of the config's.
     """
     clock = runs / "foveal_cpu_seconds.json"
-    before = json.loads(clock.read_text()) if clock.exists() else 0.0
+    before = json.loads(clock.read_text(encoding="utf-8")) if clock.exists() else 0.0
     command = [str(Path(sys.executable).with_name("foveal")), "graphs3d", "fit", "--config", str(CONFIG), "--runs", str(runs)]
     if steps is not None:
         command += ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(max(1, steps // 9))]
@@ -94,7 +94,7 @@ def train_ours(runs: Path, steps: int | None) -> dict[str, Any]:
         process = subprocess.Popen([*command, *(["--ckpt_path", "last"] if resumed else [])], env={**os.environ, "OMP_NUM_THREADS": "1"})
         while process.poll() is None:
             with atomic_write(clock) as path:
-                path.write_text(json.dumps(before + cpu_seconds(process.pid)))
+                path.write_text(json.dumps(before + cpu_seconds(process.pid)), encoding="utf-8")
             time.sleep(1)
         if process.returncode:
             sys.exit(process.returncode)
@@ -109,7 +109,7 @@ def train_ours(runs: Path, steps: int | None) -> dict[str, Any]:
 
     taken = int(load_weights(best.parents[1] / "potential.safetensors").metadata["steps"])
     parameters = sum(parameter.numel() for parameter in calculator.model.parameters())
-    about = {"parameters": parameters, "steps": taken, "cpu_seconds": round(json.loads(clock.read_text()))}
+    about = {"parameters": parameters, "steps": taken, "cpu_seconds": round(json.loads(clock.read_text(encoding="utf-8")))}
     return {**about, **{name: errors(potential, read_structures(path)) for name, path in TESTS.items()}}
 
 
@@ -233,13 +233,13 @@ def _keep_the_better(mace: Mace, average: Any, held: Sequence[ase.Atoms], state:
 
 def report(name: str, found: dict[str, Any], path: Path) -> None:
     """Put what was found beside what is there."""
-    known = json.loads(path.read_text()) if path.exists() else {"published_forces_rmse": PUBLISHED, "models": {}}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"published_forces_rmse": PUBLISHED, "models": {}}
     known["models"][name] = {**found, "machine": machine()}
     best = {test: min(model[test]["forces_rmse"] for model in known["models"].values()) for test in TESTS}
     if "foveal" in known["models"]:
         known["ours_over_the_best_at_this_budget"] = {test: round(known["models"]["foveal"][test]["forces_rmse"] / best[test], 2) for test in TESTS}
     with atomic_write(path) as written:
-        written.write_text(json.dumps(known, indent=2) + "\n")
+        written.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=2))
 
 
@@ -265,5 +265,5 @@ if __name__ == "__main__":
         # Its e3nn reads a table of its own in a way that newer torch asks leave for.
         os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
         warnings.filterwarnings("ignore")
-        seconds = asked.seconds or json.loads(asked.output.read_text())["models"]["foveal"]["cpu_seconds"]
+        seconds = asked.seconds or json.loads(asked.output.read_text(encoding="utf-8"))["models"]["foveal"]["cpu_seconds"]
         report("MACE", train_mace(asked.runs, seconds, asked.channels, asked.max_l, asked.learning_rate), asked.output)

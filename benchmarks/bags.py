@@ -128,13 +128,13 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    report: dict[str, Any] = json.loads(asked.out.read_text()) if asked.out.exists() else {"sets": {}}
+    report: dict[str, Any] = json.loads(asked.out.read_text(encoding="utf-8")) if asked.out.exists() else {"sets": {}}
     for chosen in asked.sets:
-        recipe = yaml.safe_load((ROOT / "configs" / "medical" / f"{CONFIGS[chosen]}.yaml").read_text())
+        recipe = yaml.safe_load((ROOT / "configs" / "medical" / f"{CONFIGS[chosen]}.yaml").read_text(encoding="utf-8"))
         entry = report["sets"].setdefault(chosen, {"config": CONFIGS[chosen], "folds": recipe["data"]["init_args"]["folds"], "repetitions": []})
         while len(entry["repetitions"]) < asked.repetitions:
             entry["repetitions"].append(repetition(chosen, recipe, len(entry["repetitions"]), asked.root, asked.methods))
             entry["mean and standard deviation"] = summary(entry["repetitions"])
             report["machine"] = machine()
-            asked.out.write_text(json.dumps(report, indent=1) + "\n")
+            asked.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             print(f"{chosen} repetition {len(entry['repetitions'])}: {entry['repetitions'][-1]}", flush=True)

@@ -124,12 +124,12 @@ def main() -> None:
             continue
         found = train(name, optimizer, seed, asked.epochs, asked.image_size, asked.runs)
         print(json.dumps(found), flush=True)
-        asked.output.write_text(json.dumps(report([*measured(asked.output, budget), found], budget), indent=1) + "\n")
+        asked.output.write_text(json.dumps(report([*measured(asked.output, budget), found], budget), indent=1) + "\n", encoding="utf-8")
 
 
 def measured(path: Path, budget: dict[str, Any]) -> list[dict[str, Any]]:
     """The trainings of this budget that are in the file."""
-    written: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return written.get("runs", []) if written.get("budget") == budget else []
 
 

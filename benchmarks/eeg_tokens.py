@@ -197,8 +197,12 @@ def main() -> None:
     add("ShallowFBCSPNet (braindecode)", lambda data, seed: shallow(seed))
     sizes = {data: {"folds": len(parts), "test": int(sum(len(part[3]) for part in parts))} for data, parts in found.items()}
     if arguments.only and arguments.output.exists():
-        rows = [row for row in json.loads(arguments.output.read_text())["rows"] if row["method"] not in {new["method"] for new in rows}] + rows
-    arguments.output.write_text(json.dumps({"sets": sizes, "codebook use on SCP1's test trials": use, "rows": rows}, indent=1) + "\n")
+        rows = [
+            row for row in json.loads(arguments.output.read_text(encoding="utf-8"))["rows"] if row["method"] not in {new["method"] for new in rows}
+        ] + rows
+    arguments.output.write_text(
+        json.dumps({"sets": sizes, "codebook use on SCP1's test trials": use, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

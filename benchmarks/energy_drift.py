@@ -63,6 +63,6 @@ if __name__ == "__main__":
         "forces by a head (direct)": at_constant_energy(asked.direct, asked.time, asked.temperature),
     }
     report = {"machine": machine(), "timestep_fs": 1.0, "dtype": "float32", "runs": {name: figures(run) for name, run in runs.items()}}
-    asked.output.write_text(json.dumps(report, indent=2) + "\n")
+    asked.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report["runs"], indent=2))
     draw_dynamics({name: run.rows for name, run in runs.items()}, 9, "nve").savefig(asked.picture, dpi=110)

@@ -165,7 +165,7 @@ def peak_of(who: str) -> float:
 
 
 def _resident() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * resource.getpagesize() / 2**20
 
 
@@ -203,14 +203,14 @@ def scaling(
 def memory_report() -> None:
     """Add to the report that `main` wrote."""
     path = RESULTS / "equiformer_v3.json"
-    report = json.loads(path.read_text())
+    report = json.loads(path.read_text(encoding="utf-8"))
     contestants = ["foveal", *(["authors' code"] if AUTHORS else [])]
     command = [sys.executable, __file__, *(["--authors", str(AUTHORS)] if AUTHORS else []), "--peak"]
     peaks = {who: float(subprocess.run([*command, who], check=True, capture_output=True, text=True).stdout.split()[-1]) for who in contestants}
     report["peak_megabytes"] = {who: round(value, 1) for who, value in peaks.items()}
     if AUTHORS:
         report["memory_of_theirs"] = round(peaks["foveal"] / peaks["authors' code"], 3)
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report["peak_megabytes"], indent=2))
 
 
@@ -219,13 +219,13 @@ def scaling_report() -> None:
     from matplotlib.figure import Figure
 
     path = RESULTS / "equiformer_v3.json"
-    report = json.loads(path.read_text())
+    report = json.loads(path.read_text(encoding="utf-8"))
     ways = {"freed memory goes back": [], "freed memory is kept": ["--keep"]}
     report["scaling"] = {
         way: json.loads(subprocess.run([sys.executable, __file__, "--sizes", *options], check=True, capture_output=True, text=True).stdout)
         for way, options in ways.items()
     }
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report["scaling"], indent=2))
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True, sharex=True)

@@ -375,7 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     device = torch.device("cpu" if asked.toy else "cuda")
     clock = Clock(asked.seconds)
-    report: dict[str, Any] = json.loads(asked.output.read_text()) if asked.output.exists() else {}
+    report: dict[str, Any] = json.loads(asked.output.read_text(encoding="utf-8")) if asked.output.exists() else {}
     facts = device_facts(device)
     print(f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, commit {facts['commit']}")
     rounds = 1 if asked.toy else asked.rounds
@@ -396,7 +396,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ok &= found.get("ok", True)
         report[part] = {"on": facts, "seconds": round(time.monotonic() - start, 1), "figures": found}
         asked.output.parent.mkdir(parents=True, exist_ok=True)
-        asked.output.write_text(json.dumps(report, indent=1) + "\n")
+        asked.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if clock.left_out:
         print(f"left out after {asked.seconds:.0f} s: {'; '.join(clock.left_out)}")
     print(f"written to {asked.output}")

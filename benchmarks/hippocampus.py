@@ -68,7 +68,7 @@ if __name__ == "__main__":
         for name in asked.networks:
             figures = trained_and_tested(name, number, asked.runs, asked.root, asked.steps)
             # Read anew: another process may have measured other folds meanwhile.
-            report: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {"folds": {}}
+            report: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {"folds": {}}
             report["folds"].setdefault(f"fold {number}", {})[name] = figures
             report["folds"] = dict(sorted(report["folds"].items()))
             report["machine"] = machine()
@@ -78,5 +78,5 @@ if __name__ == "__main__":
                     for each in CONFIGS
                     if any(each in fold for fold in report["folds"].values())
                 }
-            RESULT.write_text(json.dumps(report, indent=1) + "\n")
+            RESULT.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             print(f"fold {number} {name}: {figures}", flush=True)

@@ -136,7 +136,9 @@ def authors_model(state: dict[str, Tensor]) -> nn.Module:
     mixer.causal_conv1d_fn = None
     plain = mixer.Mamba.__init__
     mixer.Mamba.__init__ = lambda self, *arguments, **named: plain(self, *arguments, **{**named, "use_fast_path": False})
-    settings = importlib.import_module("yaml").safe_load((AUTHORS / "checkpoints" / "MambAttention_seed3441_VB-DemandEx.yaml").read_text())
+    settings = importlib.import_module("yaml").safe_load(
+        (AUTHORS / "checkpoints" / "MambAttention_seed3441_VB-DemandEx.yaml").read_text(encoding="utf-8")
+    )
     available = torch.cuda.is_available
     torch.cuda.is_available = lambda: True  # the constructor refuses without, and does nothing with it
     try:
@@ -204,9 +206,9 @@ def report_memory(seconds: float = 10.0, shorter: float = 5.0) -> None:
             print(f"  {length:6s} {form:50s} {size:8.2f} GiB")
         print(f"  {length:6s} promised: 4.0x less, {'kept' if least >= 4 else 'NOT KEPT'} ({least:.2f}x)")
     target = _RESULTS / "mambattention.json"
-    written = json.loads(target.read_text()) if target.exists() else {}
+    written = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
     written["peak memory, GiB"] = found
-    target.write_text(json.dumps(written, indent=1) + "\n")
+    target.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

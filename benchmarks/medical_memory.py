@@ -134,5 +134,5 @@ if __name__ == "__main__":
         print(json.dumps(rat_resident(asked.this)))
     else:
         found = run(asked.batch, not asked.no_rat)
-        RESULT.write_text(json.dumps(found, indent=1) + "\n")
+        RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(found, indent=1))

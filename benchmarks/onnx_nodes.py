@@ -53,7 +53,7 @@ def nodes(session: onnxruntime.InferenceSession) -> dict[str, Any]:
     """Milliseconds and number of nodes by operator, and of convolutions by kind."""
     least: dict[str, float] = {}
     about: dict[str, dict[str, Any]] = {}
-    for event in json.loads(Path(session.end_profiling()).read_text()):
+    for event in json.loads(Path(session.end_profiling()).read_text(encoding="utf-8")):
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             least[event["name"]] = min(least.get(event["name"], float("inf")), event["dur"] / 1e3)
             about[event["name"]] = event["args"]
@@ -98,7 +98,7 @@ def main() -> None:
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": asked.threads}
     versions = {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__}
     report = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine | versions, "rounds": asked.rounds, "networks": found}
-    asked.output.write_text(json.dumps(report, indent=1) + "\n")
+    asked.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for name, table in found.items():
         print(f"{name}: {table['nodes']} nodes, {table['milliseconds']:.1f} ms")
         for operator, row in list(table["operators"].items())[:12]:

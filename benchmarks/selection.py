@@ -120,13 +120,13 @@ def tables() -> dict[str, Callable[[], Selected]]:
 def resident(which: str) -> float:
     """Megabytes of this process: VmRSS now, VmHWM at most since `forget_peak`; 0 where there is no /proc."""
     status = Path("/proc/self/status")
-    lines = [line for line in status.read_text().splitlines() if line.startswith(which)] if status.exists() else []
+    lines = [line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith(which)] if status.exists() else []
     return int(lines[0].split()[1]) / 1024 if lines else 0.0
 
 
 def forget_peak() -> None:
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def measure(name: str, load: Callable[[], Selected], repeat: int) -> dict[str, object]:
@@ -162,7 +162,7 @@ def measure(name: str, load: Callable[[], Selected], repeat: int) -> dict[str, o
 
 def read() -> tuple[list[str], dict[str, dict[str, dict[str, float]]]]:
     """Sets, and selector -> set -> each figure's mean over the repeats."""
-    lines = [json.loads(line) for line in ROWS.read_text().splitlines()]
+    lines = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
     sets = sorted({line["set"] for line in lines})
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name in SELECTORS:
@@ -208,7 +208,7 @@ def draw_critical_differences(ranks: dict[str, float], difference: float, title:
 
 def every_table(sets: list[str], table: dict[str, dict[str, dict[str, float]]]) -> str:
     """A line a set, largest first: its size, the accuracy that all rows give, and what each selector changes in it, in points."""
-    known = {line["set"]: line for line in map(json.loads, ROWS.read_text().splitlines())}
+    known = {line["set"]: line for line in map(json.loads, ROWS.read_text(encoding="utf-8").splitlines())}
     names = [name for name in SELECTORS if name != "all rows"]
     head = ["table", "learned from", "features", "classes", "all rows (%)", *names]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -247,10 +247,12 @@ def summarise() -> None:
     difference, p = critical_difference(ranks, len(sets)), float(scipy.stats.friedmanchisquare(*scores).pvalue)
     title = f"Mean rank of accuracy on {len(sets)} sets, a tenth of the rows kept\nFriedman p = {p:.1g}; bars: no difference by Nemenyi at 5 %"
     draw_critical_differences(ranks, difference, title).savefig(RESULTS / "selection_ranks.png", dpi=110)
-    about = {"sets": len(sets), "lines": len(ROWS.read_text().splitlines()), "friedman_p": p, "critical_difference": difference}
+    about = {"sets": len(sets), "lines": len(ROWS.read_text(encoding="utf-8").splitlines()), "friedman_p": p, "critical_difference": difference}
     document = {"machine": machine(), **about, "mean_ranks": ranks, "selectors": summary}
-    (RESULTS / "selection.json").write_text(json.dumps(document, indent=1) + "\n")
-    (RESULTS / "selection.md").write_text(f"Change of accuracy in points, mean of four classifiers and the splits\n\n{every_table(sets, table)}")
+    (RESULTS / "selection.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / "selection.md").write_text(
+        f"Change of accuracy in points, mean of four classifiers and the splits\n\n{every_table(sets, table)}", encoding="utf-8"
+    )
     print(f"{'':20}{'kept %':>8}{'change':>8}{'eff.':>7}{'ahead of random':>17}{'s':>8}{'MB':>8}")
     for name, row in summary.items():
         print(
@@ -268,7 +270,7 @@ def main() -> None:
     if not arguments.summary:
         torch.set_num_threads(1)
         warnings.filterwarnings("ignore")
-        lines = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+        lines = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.exists() else []
         done = {(line["set"], line["repeat"]) for line in lines}
         chosen = {name: load for name, load in tables().items() if arguments.sets is None or name in arguments.sets.split(",")}
         for repeat in range(arguments.repeats):
@@ -276,7 +278,7 @@ def main() -> None:
                 if (name, repeat) not in done:
                     start = time.process_time()
                     line = json.dumps(measure(name, load, repeat))
-                    with ROWS.open("a") as file:
+                    with ROWS.open("a", encoding="utf-8") as file:
                         file.write(line + "\n")
                     print(f"{name} {repeat}: {time.process_time() - start:.0f} s", flush=True)
     summarise()

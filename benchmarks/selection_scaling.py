@@ -35,14 +35,14 @@ def table(rows: int) -> tuple[np.ndarray, np.ndarray]:
 def resident(which: str) -> float:
     """Gigabytes of this process; 0 where there is no /proc."""
     status = Path("/proc/self/status")
-    lines = [line for line in status.read_text().splitlines() if line.startswith(which)] if status.exists() else []
+    lines = [line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith(which)] if status.exists() else []
     return int(lines[0].split()[1]) / 1024**2 if lines else 0.0
 
 
 def measure(rows: int) -> dict[str, float]:
     x, y = table(rows)
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before, start = resident("VmRSS"), time.process_time()
     _, kept = GAIS(random_state=0).fit_resample(x, y)
     return {
@@ -73,14 +73,14 @@ def main() -> None:
     parser.add_argument("--rows", default="10000,30000,100000,300000,1000000", help="sizes, with commas")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    runs = {run["rows"]: run for run in json.loads(RESULT.read_text())["runs"]} if RESULT.exists() else {}
+    runs = {run["rows"]: run for run in json.loads(RESULT.read_text(encoding="utf-8"))["runs"]} if RESULT.exists() else {}
     measure(2_000)  # imports and first calls
     for rows in map(int, arguments.rows.split(",")):
         if rows not in runs:
             runs[rows] = measure(rows)
             print(runs[rows], flush=True)
             ordered = [runs[key] for key in sorted(runs)]
-            RESULT.write_text(json.dumps({"machine": machine(), "runs": ordered}, indent=1) + "\n")
+            RESULT.write_text(json.dumps({"machine": machine(), "runs": ordered}, indent=1) + "\n", encoding="utf-8")
     draw([runs[key] for key in sorted(runs)]).savefig(RESULT.with_suffix(".png"), dpi=110)
 
 

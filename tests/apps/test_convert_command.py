@@ -45,6 +45,7 @@ def test_keywords_on_the_way_back_are_refused_since_our_file_says_them(official,
     [
         (["--set", "num_blocks=four"], "expected a number for num_blocks, such as 8; got 'four'"),
         (["--set", "num_blocks"], "expected --set NAME=VALUE"),
+        (["--set", "back=true"], "expected --set NAME=VALUE"),
         (["--set", "depth=4"], "expected keywords of the authors' constructor"),
         (["--set", "out_channels=64"], "misshapen"),
     ],

@@ -86,6 +86,7 @@ MISTAKES = {
     "an accelerator that is not there": (["--trainer.accelerator", "abacus"], "abacus"),
     "a config file that is not there": (["--config", "gone.yaml"], "gone.yaml"),
     "a checkpoint that is not there": (["--ckpt_path", "gone.ckpt"], "gone.ckpt does not exist"),
+    "runs below a file": (["--runs", "toy.yaml"], "--runs"),
 }
 
 

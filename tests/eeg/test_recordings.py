@@ -9,12 +9,14 @@ import mne
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from foveal.core.errors import UserError
 from foveal.eeg import events as event_files
 from foveal.eeg.montages import CLINICAL, derive, electrode
-from foveal.eeg.predict import Tokenizer, tokenize_command
+from foveal.eeg.predict import Tokenizer, Tokens, tokenize_command
 from foveal.eeg.recordings import find_recordings, open_recording
+from foveal.eeg.report import _spectrogram
 from foveal.eeg.streaming import Preparation, WindowedRecording
 
 ELECTRODES = ("FP1", "FP2", "F3", "F4", "C3", "C4", "P3", "P4", "O1", "O2", "F7", "F8", "T3", "T4", "T5", "T6", "FZ", "CZ", "PZ")
@@ -226,6 +228,15 @@ def test_what_is_written_holds_what_was_found(tmp_path, make_raw, tiny_tokenizer
     row = table[(table.window == 2) & (table.channel == "O1") & (table.frame == 3)].iloc[0]
     assert (row.time, row.token) == (2 * 3 + 3 * 0.5, tokens.ids[2, 2, 3])
     assert len(table) == tokens.ids.size
+
+
+def test_the_last_column_of_a_long_spectrogram_is_as_bright_as_the_others(monkeypatch):
+    monkeypatch.setattr("foveal.eeg.report._COLUMNS", 4)
+    starts, spectra = np.arange(7) * 3.0, np.ones((7, 1, 100), np.float16)
+    tokens = Tokens(np.zeros((7, 1, 5), int), starts, ("C3",), np.zeros((4, 2)), 3.0, 1.0, 0.5, 21.0, spectra=spectra)
+    shown = _spectrogram(Figure().subplots(), tokens, 0, 1.0).get_array()
+    assert shown.shape[1] == 4
+    assert (shown == 1).all()
 
 
 def test_existing_results_are_kept_without_overwrite(tmp_path, make_raw, write_edf, tiny_weights, capsys):

@@ -170,6 +170,19 @@ def test_recordings_with_texts_beside_them_are_read(clips: list[np.ndarray], tmp
         read_pairs(tmp_path, 16_000)
 
 
+def test_a_recording_of_silence_is_named_and_a_table_saved_with_a_byte_order_mark_is_read(folder: Path, tmp_path: Path):
+    content = (folder / "metadata.csv").read_bytes()
+    (folder / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + content)
+    assert read_metadata(folder, 16_000)[0].name == "LJ0"
+    (folder / "metadata.csv").write_bytes("LJ0|Grüße".encode("latin-1"))
+    with pytest.raises(UserError, match="UTF-8"):
+        read_metadata(folder, 16_000)
+    soundfile.write(tmp_path / "still.wav", np.zeros(16_000), 16_000)
+    (tmp_path / "still.txt").write_text("Nothing.")
+    with pytest.raises(UserError, match=r"still\.wav is silent"):
+        next(clip for clip in read_pairs(tmp_path, 16_000) if clip.name == "still").samples  # noqa: B018
+
+
 def test_what_is_wrong_with_a_folder_is_said_in_one_line(folder: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"no metadata\.csv"):
         read_metadata(tmp_path / "none", 16_000)

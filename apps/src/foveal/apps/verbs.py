@@ -78,7 +78,8 @@ def _keywords(settings: list[str]) -> dict[str, Any]:
     from foveal.core.errors import UserError
 
     pairs = [setting.partition("=") for setting in settings]
-    wrong = [name + equals + value for name, equals, value in pairs if not name.isidentifier() or not value]
+    own = ("system", "source", "target", "back")  # of the command itself
+    wrong = [name + equals + value for name, equals, value in pairs if not name.isidentifier() or not value or name in own]
     if wrong:
         raise UserError(f"expected --set NAME=VALUE, such as num_blocks=4; got {', '.join(wrong)}")
     return {name: _value(text) for name, _, text in pairs}

@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
@@ -99,6 +100,16 @@ def _misfit(error: Exception, checkpoint: str) -> UserError | None:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         return UserError(f"expected a checkpoint of the config's model; {checkpoint} does not fit: {reason}; use that run's settings, or start anew")
     return None
+
+
+def _refuse_unwritable(parent: Path) -> None:
+    """What a run writes goes below this folder; it is made."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise UserError(f"expected a folder for runs that can be written; {parent}: {error.strerror}; choose another with --runs") from None
 
 
 def _hush() -> None:
@@ -227,6 +238,8 @@ class FovealCLI(LightningCLI):
             raise UserError(f"expected a checkpoint file, 'last' or 'best'; {wanted} does not exist; check --ckpt_path")
         if fitting and settings.ckpt_path:
             resumed = run_folder.run_of(settings.ckpt_path)
+        if fitting and not settings.trainer.get("fast_dev_run"):
+            _refuse_unwritable(Path(settings.runs) / self.domain / experiment)
         told = run_folder.VARIABLE in os.environ
         folder = resumed if resumed and not told else run_folder.new_run_folder(settings.runs, self.domain, experiment)
         if not settings.trainer.get("fast_dev_run"):

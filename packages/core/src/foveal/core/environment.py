@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 #: Distributions whose version changes results or speed.
-DISTRIBUTIONS = ("foveal", "foveal-kernels", "foveal-core", "foveal-audio", "torch", "triton", "lightning", "numpy", "safetensors", "wandb")
+DISTRIBUTIONS = (
+    *("foveal", "foveal-kernels", "foveal-core"),
+    *("foveal-audio", "foveal-detection", "foveal-eeg", "foveal-graphs3d", "foveal-medical", "foveal-memes"),
+    *("torch", "triton", "lightning", "numpy", "safetensors", "wandb"),
+)
 
 
 def describe() -> dict[str, Any]:

@@ -68,7 +68,8 @@ def _spectrogram(axes: Axes, tokens: Tokens, channel: int, resolution: float) ->
     assert tokens.spectra is not None
     values: ndarray = tokens.spectra[:, channel].astype(np.float32)
     per_column = -(-len(values) // _COLUMNS)
-    values = np.add.reduceat(values, np.arange(0, len(values), per_column)) / per_column
+    first = np.arange(0, len(values), per_column)
+    values = np.add.reduceat(values, first) / np.diff(first, append=len(values))[:, None]
     unit, _ = _scale(tokens)
     shown = values[:, : int(45 / resolution) + 1].T
     step = (tokens.starts[1] - tokens.starts[0]) if len(tokens.starts) > 1 else tokens.window

@@ -28,8 +28,11 @@ def read_metadata(folder: str | Path, sample_rate: int) -> list[Clip]:
     table = place / "metadata.csv"
     if not table.is_file():
         raise UserError(f"expected LJSpeech in {place}; there is no metadata.csv; get it from https://keithito.com/LJ-Speech-Dataset/")
-    with table.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.reader(file, delimiter="|", quoting=csv.QUOTE_NONE) if row]
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            rows = [row for row in csv.reader(file, delimiter="|", quoting=csv.QUOTE_NONE) if row]
+    except UnicodeDecodeError:
+        raise UserError(f"expected text in UTF-8; {table} is something else; save it as plain text in UTF-8") from None
     wrong = next((number for number, row in enumerate(rows, 1) if len(row) < 2 or not row[-1].strip()), None)
     if wrong is not None:
         raise UserError(f"expected rows id|text in {table}; row {wrong} has no text; mend or remove it")

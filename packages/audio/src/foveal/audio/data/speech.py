@@ -88,7 +88,10 @@ def _read(path: Path, sample_rate: int) -> ndarray:
     except (soundfile.LibsndfileError, OSError) as error:
         raise UserError(f"expected an audio file; {path} cannot be read ({str(error).splitlines()[0]}); remove or replace it") from None
     mono = samples.mean(axis=1)
-    return trim(mono if rate == sample_rate else soxr.resample(mono, rate, sample_rate), sample_rate)
+    spoken = trim(mono if rate == sample_rate else soxr.resample(mono, rate, sample_rate), sample_rate)
+    if not len(spoken):
+        raise UserError(f"expected speech; {path} is silent from end to end; remove it, and its text")
+    return spoken
 
 
 class SpeechBatch(NamedTuple):
