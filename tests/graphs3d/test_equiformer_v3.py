@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from foveal.core.checkpoint import save_weights
 from foveal.core.errors import UserError
 from foveal.graphs3d.calculator import FovealCalculator
-from foveal.graphs3d.checkpoints import convert_file, load_official, to_official
+from foveal.graphs3d.checkpoints import convert_file, energy_terms, load_official, to_official
 from foveal.graphs3d.checkpoints.equiformer_v3 import official_name, published_terms
 from foveal.graphs3d.checkpoints.terms import EnergyTerms
 from foveal.graphs3d.models import equivariant
@@ -290,6 +291,21 @@ def test_forces_of_another_scale_than_energies_keep_theirs_and_other_means_are_r
     oc20["normalizers"]["energy"]["mean"] = 1.0
     with pytest.raises(UserError, match="mean 0"):
         published_terms(oc20)
+
+
+def test_scale_and_references_go_back_with_the_weights(golden, tmp_path):
+    reference, terms = golden("tiny_gradient"), EnergyTerms(2.5, {"Na": -1.25, "Cl": 3.0})
+    model = load_official("equiformer_v3", reference.state(torch.float32), **reference.about["config"])
+    ours, again = tmp_path / "ours.safetensors", tmp_path / "again.safetensors"
+    save_weights(ours, model.state_dict(), system="equiformer_v3", config=model.config, metadata=terms.header())
+    convert_file("equiformer_v3", ours, tmp_path / "theirs.pt", back=True)
+    convert_file("equiformer_v3", tmp_path / "theirs.pt", again, **reference.about["config"])
+    assert energy_terms(again) == terms
+    atoms = ase.build.bulk("NaCl", "rocksalt", a=5.6)
+    one, other = (FovealCalculator.from_pretrained(file, device="cpu").batch([atoms])[0] for file in (ours, again))
+    assert one["energy"] == other["energy"]
+    with pytest.raises(UserError, match=r"ending in \.pt"):
+        convert_file("equiformer_v3", ours, tmp_path / "theirs.safetensors", back=True)
 
 
 def test_weights_go_back_to_the_authors_keys(golden):

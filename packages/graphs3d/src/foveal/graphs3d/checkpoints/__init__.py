@@ -7,9 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from foveal.core.checkpoint import load_weights, save_weights
+from foveal.core.errors import UserError
+from foveal.core.files import atomic_write
 from foveal.core.official import Conversion, read_official, state_dict_of
 from foveal.core.systems import PublishedSystems, System
 from foveal.graphs3d.checkpoints import equiformer_v3
@@ -52,13 +55,25 @@ def convert_file(system: str, source: str | Path, target: str | Path, back: bool
     """Convert the authors' checkpoint file to ours, or with `back` ours to theirs; the account of every key is returned.
 
     What the authors' file says beside the weights, the scale of labels (``normalizers``) and the elements' reference energies (``elementrefs``), is
-    kept in the header of ours, so that the calculator answers in eV. `config` is as in `load_official`; with `back` the file of ours holds its own.
+    kept in the header of ours, so that the calculator answers in eV, and goes back with them, under the same names. `config` is as in
+    `load_official`; with `back` the file of ours holds its own.
 
     Raises:
-        UserError: as `load_official`; normalisation that no published model has; or a target that cannot be written.
+        UserError: as `load_official`; normalisation that no published model has; or a target that cannot be written, or cannot hold what stands
+            beside the weights.
     """
     if back:
-        return _PUBLISHED.convert(system, source, target, back, config)
+        own = energy_terms(source)
+        if own == EnergyTerms(1.0, {}, own.known_elements_only):
+            return _PUBLISHED.convert(system, source, target, back, config)
+        if Path(target).suffix == ".safetensors":
+            raise UserError(
+                f"expected a target ending in .pt, which holds the labels' scale and the elements' references too; got {Path(target).name}"
+            )
+        conversion = _PUBLISHED.to_official(system, model_from_weights(source, system))
+        with atomic_write(target) as temporary:
+            torch.save({"state_dict": conversion.state, **equiformer_v3.content_of(own)}, temporary)
+        return conversion
     content = read_official(source)
     terms = equiformer_v3.published_terms(content)
     model, conversion = _PUBLISHED.load_official(system, state_dict_of(content), config)

@@ -113,6 +113,21 @@ def published_terms(content: Any) -> EnergyTerms | None:
     return EnergyTerms(scale, named, forces_scale=None if others <= {scale} else others.pop())
 
 
+def content_of(terms: EnergyTerms) -> dict[str, Any]:
+    """What stands beside the weights in a training checkpoint of the authors: the inverse of `published_terms`."""
+    forces = terms.scale if terms.forces_scale is None else terms.forces_scale
+    scales = {"energy": terms.scale, "forces": forces, "stress": forces}
+    table = torch.zeros(len(chemical_symbols), dtype=torch.float64)
+    for symbol, value in terms.references.items():
+        table[chemical_symbols.index(symbol)] = value
+    return {
+        "normalizers": {
+            name: {"mean": torch.zeros(1, dtype=torch.float64), "rmsd": torch.tensor(scale, dtype=torch.float64)} for name, scale in scales.items()
+        },
+        "elementrefs": {"energy": {"element_references": table}},
+    }
+
+
 def _number(state: Mapping[str, Any], names: tuple[str, ...], default: float) -> float:
     found = [state[name] for name in names if name in state]
     return float(torch.as_tensor(found[0], dtype=torch.float64).flatten()[0]) if found else default

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from foveal.core import run_folder
 from foveal.core.files import atomic_write
+from foveal.core.processes import of_every_process
 from foveal.graphs3d.data.questions import RELATIONS
 from foveal.graphs3d.models.relations import Asked, RelationDecoder, RelationDecoderConfig
 
@@ -61,7 +62,9 @@ class RelationTask(pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Write the table."""
-        relation, right, chance = (torch.cat(parts) for parts in zip(*self._answered, strict=True))
+        # Questions that fill up the last share are counted twice: they are too few to matter, and nothing tells them apart.
+        shares = of_every_process(self.trainer, self._answered)
+        relation, right, chance = (torch.cat(parts) for parts in zip(*(batch for share in shares for batch in share), strict=True))
         self._answered = []
         rows: list[dict[str, Any]] = []
         for index, name in [*enumerate(RELATIONS), (None, "all")]:
