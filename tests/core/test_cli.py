@@ -160,3 +160,11 @@ def test_ctrl_c_ends_the_fit_as_ctrl_c_and_leaves_the_curves(fit: Callable[..., 
     (folder,) = workplace.glob("runs/toys/toy/*")
     assert (folder / "curves.png").exists()
     assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 6
+
+
+def test_a_refused_fit_leaves_the_next_one_a_folder_of_its_own(fit: Callable[..., Path], workplace: Path) -> None:
+    with pytest.raises(UserError):
+        FovealCLI("toys", ["fit", "--config", "toy.yaml", "--experiment", "refused", "--trainer.accelerator", "abacus"])
+    fit()
+    (folder,) = workplace.glob("runs/toys/toy/*")
+    assert (folder / "checkpoints" / "last.ckpt").exists()

@@ -215,8 +215,9 @@ class FovealCLI(LightningCLI):
         """What a task, a data module or a network's config says is wrong with its arguments is said as it is, not inside the parser's account."""
         try:
             super().instantiate_classes()
-        except ValueError as error:
-            refusal = _refusal(error)
+        except BaseException as error:
+            os.environ.pop(run_folder.VARIABLE, None)  # no run begins: the next one of this process has a folder of its own
+            refusal = _refusal(error) if isinstance(error, ValueError) else None
             if refusal is None:
                 raise
             raise refusal from None
