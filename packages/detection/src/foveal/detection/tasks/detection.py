@@ -6,6 +6,7 @@ epochs in which the biases' rate falls and the others' rises, then a straight li
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from foveal.core.checkpoint import load_weights
 from foveal.core.errors import UserError
 from foveal.core.muon import Muon
+from foveal.core.processes import of_every_process, once
 from foveal.detection.checkpoints.compact import completed
 from foveal.detection.data.labels import Labels
 from foveal.detection.data.sets import DetectionData
@@ -238,13 +240,7 @@ class DetectionTask(pl.LightningModule):
         labels = self._labels(part)
         prefixes = {"bbox": "", **{kind: f"{name}_" for kind, name in FURTHER.values()}}
         for kind, own in self._found.items():
-            found = own
-            if self.trainer.world_size > 1:
-                shares: list[Any] = [None] * self.trainer.world_size
-                torch.distributed.all_gather_object(shares, found)
-                # Lightning fills up the last processes' shares with pictures that others have too.
-                first = {prediction["image_id"]: rank for rank, share in reversed(list(enumerate(shares))) for prediction in share}
-                found = [prediction for rank, share in enumerate(shares) for prediction in share if first[prediction["image_id"]] == rank]
+            found = once(of_every_process(self.trainer, own), itemgetter("image_id"))
             whole, classes = average_precision(coco_ground_truth(labels, kind), found, kind, labels.sigmas)
             for name in ("AP", "AP50", "AP75"):
                 self.log(f"{part}/{prefixes[kind]}{name}", whole[name], prog_bar=name == "AP")
