@@ -320,6 +320,8 @@ class XRayData(pl.LightningDataModule):
         """Each split."""
         return self._plain("test")
 
+    predict_dataloader = test_dataloader
+
 
 def write_scenes(scenes: MadeScenes, folder: str | Path) -> Path:
     """Write made scenes as PNG files and ``annotations.json`` (COCO, with masks) into a folder, and return the JSON's path.
