@@ -162,7 +162,8 @@ def test_an_object_in_a_large_picture_is_found_once_and_where_it_is_by_tiles() -
 
 def test_yolo_lines_and_json_say_the_same() -> None:
     found = Detections((100, 50), np.array([[10.0, 10, 30, 40]]), np.array([0.5]), np.array([1]), ["cat", "dog"])
-    assert found.to_yolo() == "1 0.200000 0.500000 0.200000 0.600000 0.5000\n"
+    assert found.to_yolo() == "1 0.200000 0.500000 0.200000 0.600000\n"
+    assert found.to_yolo(scores=True) == "1 0.200000 0.500000 0.200000 0.600000 0.5000\n"
     assert found.to_dicts() == [{"class": "dog", "score": 0.5, "box": [10.0, 10.0, 30.0, 40.0]}]
 
 

@@ -44,7 +44,32 @@ def test_masks_have_their_prototypes_beside_them(tmp_path: Path) -> None:
     assert names == ["decoded", "extra", "prototypes"]
 
 
-@pytest.mark.parametrize("task", ["segment", "pose"])
+@pytest.mark.parametrize(("task", "name"), [("segment", "coefficients"), ("pose", "keypoints"), ("oriented", "angles")])
+def test_a_file_whose_further_numbers_are_others_than_torchs_is_refused(
+    tmp_path: Path, task: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from foveal.detection.models.graph_form import graph_form
+
+    def spoilt(model: YOLOv13) -> YOLOv13:
+        made = graph_form(model)
+        for level in made.head.extra:
+            level[-1].bias += 0.5  # type: ignore[index]
+        return made
+
+    monkeypatch.setattr("foveal.detection.export.graph_form", spoilt)
+    with pytest.raises(UserError, match=name):
+        export_onnx(YOLOv13(YOLOv13Config("n", 2, task=task)).eval(), tmp_path / "x.onnx", image_size=64)
+    assert not (tmp_path / "x.onnx").exists()
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["single", "half"])
+@pytest.mark.parametrize(("task", "name"), [("segment", "prototypes"), ("pose", "keypoints"), ("oriented", "angles")])
+def test_every_head_has_a_file_in_both_precisions(tmp_path: Path, task: str, name: str, half: bool) -> None:
+    found = export_onnx(YOLOv13(YOLOv13Config("n", 2, task=task)).eval(), tmp_path / "x.onnx", image_size=64, half=half)
+    assert found[name] < (0.02 if half else 1e-4)
+
+
+@pytest.mark.parametrize("task", ["segment", "pose", "oriented"])
 def test_files_of_every_head_with_attention_in_them_answer_as_torch(tmp_path: Path, task: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)

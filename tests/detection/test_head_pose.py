@@ -220,6 +220,14 @@ def test_an_interrupted_training_goes_on_to_the_same_result_and_is_exported(tmp_
     assert poser(np.zeros((40, 90, 3), np.uint8), score=0.0).size == (90, 40)
 
 
+def test_the_verb_predict_gives_the_heads_of_every_picture(folder: Path) -> None:
+    arguments = _arguments(folder, "--data.source", str(folder))
+    cli = FovealCLI("detection", ["predict", *arguments[1:]])
+    found = cli.trainer.predict_loop.predictions
+    assert found
+    assert all(heads.boxes.shape[1] == 4 for (heads,) in found)
+
+
 def test_data_of_another_size_than_the_losss_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.image_size 64"):
         FovealCLI("detection", _arguments(tmp_path, "--model.image_size", "128", "--data.made", "4", "--trainer.fast_dev_run", "1"))

@@ -232,6 +232,43 @@ def test_masks_and_keypoints_are_learned_from_a_folder(folders: dict[str, Path],
     assert 0 <= float(trainer.callback_metrics[f"val/{part[1]}"]) <= 1
 
 
+def test_several_processes_are_measured_on_all_pictures_once(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes have three pictures each of four, two of them the same; a wrong picture's second copy would cost precision."""
+    labels = read_labels(folders["segment"], "test")
+    task = DetectionTask(YOLOv13Config("n", 2, "segment"))
+    logged: dict[str, float] = {}
+
+    class Trainer:
+        world_size, datamodule = 2, DetectionData(source=str(folders["segment"]), task="segment")
+        state = type("State", (), {"fn": "test"})()
+
+    def found(kind: Any, numbers: tuple[int, ...]) -> list[dict[str, Any]]:
+        truth = coco_ground_truth(labels, kind)["annotations"]
+        kept = ("image_id", "category_id", "bbox", "segmentation")
+        return [
+            {**{key: entry[key] for key in kept if key in entry}, "score": 0.5}
+            if kind == "bbox"
+            else coco_masks(entry["image_id"], [_mask(entry)], np.array([0.5]), [entry["category_id"]])[0]
+            for entry in truth
+            if entry["image_id"] in numbers
+        ]
+
+    def gather(shares: list[Any], own: list[dict[str, Any]]) -> None:
+        kind = "bbox" if "bbox" in own[0] else "segm"
+        shares[:] = [own, found(kind, (2, 3, 0))]
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    monkeypatch.setattr(task, "log", lambda name, value, **how: logged.update({name: value}))
+    task._trainer = Trainer()  # type: ignore[assignment]
+    task._found = {"bbox": found("bbox", (0, 1, 2)), "segm": found("segm", (0, 1, 2))}
+    task._report("test")
+    assert logged["test/AP"] == logged["test/mask_AP"] == pytest.approx(1.0)
+
+
+def _mask(entry: dict[str, Any]) -> np.ndarray:
+    return run_lengths.decode(run_lengths.frPyObjects(entry["segmentation"], SIZE[1], SIZE[0]))[..., 0]
+
+
 def test_labels_without_masks_are_measured_by_their_boxes_and_the_user_is_told(folders: dict[str, Path]) -> None:
     labels = read_labels(folders["segment"], "test")
     network: Any = Knows(labels, "segment")

@@ -276,6 +276,11 @@ def test_a_training_learns_the_bands_and_its_weights_are_used(folders: Path, mon
     assert np.mean(right) > 0.6
 
 
+def test_the_verb_predict_gives_a_class_for_every_place(folders: Path) -> None:
+    cli = FovealCLI("detection", _arguments(folders, verb="predict"))
+    assert {len(found) for found in cli.trainer.predict_loop.predictions} == {1}
+
+
 def test_an_interrupted_training_goes_on_to_the_same_result(folders: Path) -> None:
     common = [
         "--trainer.check_val_every_n_epoch", "9", "--resume_point.every_n_steps", "1", "--trainer.max_epochs", "2", "--data.batch_size", "4",

@@ -170,6 +170,13 @@ def test_the_recipe_trains_and_every_split_is_measured(config: str, pidray: Path
         assert float(tested["test/AP"]) == pytest.approx(np.mean([float(tested[f"test/{split}/AP"]) for split in ("easy", "hard", "hidden")]))
 
 
+def test_the_verb_predict_gives_what_is_found_in_every_split(pidray: Path, tmp_path: Path) -> None:
+    options = _options("--runs", str(tmp_path), "--data.source", str(pidray), "--return_predictions", "true")
+    cli = FovealCLI("detection", ["predict", *options])
+    assert len(cli.trainer.predict_dataloaders) == 3
+    assert all(len(found.scores) == len(found.masks) == 2 for split in cli.trainer.predict_loop.predictions for (found,) in split)
+
+
 def test_labels_of_crowds_and_empty_masks_are_left_out(pidray: Path, tmp_path: Path) -> None:
     content = json.loads((pidray / "annotations" / "xray_train.json").read_text())
     first = content["annotations"][0]

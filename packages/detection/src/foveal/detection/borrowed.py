@@ -1,4 +1,5 @@
-"""What is ultralytics' own and used as it is: reading and augmenting labelled pictures, the losses of YOLO heads, and its model builder.
+"""What is ultralytics' own and used as it is: reading and augmenting labelled pictures, the losses of YOLO heads,
+the smallest turned boxes around outlines, and its model builder.
 
 It is imported here alone, after it has been told to stay off the network, not to install packages by itself, and not to print.
 """
@@ -21,6 +22,7 @@ from ultralytics.nn import tasks  # noqa: E402
 from ultralytics.nn.modules import Detect as UltralyticsDetect  # noqa: E402
 from ultralytics.utils import IterableSimpleNamespace  # noqa: E402
 from ultralytics.utils.loss import v8DetectionLoss, v8OBBLoss, v8PoseLoss, v8SegmentationLoss  # noqa: E402
+from ultralytics.utils.ops import xyxyxyxy2xywhr  # noqa: E402
 
 # It replaces Pillow's function for every program in the process, with one that fails differently on what is no picture.
 Image.open = _OPEN
@@ -36,4 +38,5 @@ __all__ = [
     "v8OBBLoss",
     "v8PoseLoss",
     "v8SegmentationLoss",
+    "xyxyxyxy2xywhr",
 ]

@@ -20,7 +20,7 @@ from foveal.core.files import atomic_write, collect_inputs, output_folder, refus
 from foveal.core.reports import BatchReport, Entry
 from foveal.detection.checkpoints import model_from_weights
 from foveal.detection.data.pictures import PICTURES, VIDEOS, read_picture
-from foveal.detection.metrics import coco_predictions
+from foveal.detection.metrics import coco_keypoints, coco_masks, coco_oriented, coco_predictions
 from foveal.detection.models.yolov13 import YOLOv13
 from foveal.detection.plots import draw, draw_areas, draw_hyperedges
 from foveal.detection.predict import BUNDLED, WEIGHTS, Detections, Detector, Options
@@ -41,6 +41,7 @@ def detect_command(
     pictures: bool = True,
     explain: bool = False,
     every: int = 1,
+    yolo_scores: bool = False,
     device: str = "auto",
     overwrite: bool = False,
     as_json: bool = False,
@@ -52,11 +53,13 @@ def detect_command(
         output: folder for the results; None is ``detected`` here.
         checkpoint: weights; None is the package's own.
         options: how objects are looked for.
-        formats: "json" (a file a picture), "yolo" (a label file a picture, in ``labels``), "coco" (``predictions.json`` of all pictures).
+        formats: "json" (a file a picture), "yolo" (a label file a picture, in ``labels``), "coco" (``predictions.json`` of all pictures). Each has
+            masks, keypoints or turned boxes where the network finds them.
         image_size: side that pictures are made to fit; None is the weights' own.
         pictures: whether pictures and videos with the objects drawn on them are written.
         explain: also draw what hyperedges gather from and what the middle of the picture attends to.
         every: of a video, look at every so many frames.
+        yolo_scores: whether lines of YOLO files end with scores; label files, which can be trained on, have none.
         device: ``auto``, ``cpu`` or ``cuda[:N]``.
         overwrite: replace existing results instead of keeping them.
         as_json: print the report as JSON.
@@ -99,7 +102,7 @@ def detect_command(
             image = read_picture(file)
             found = detector.detect(image, options)
             together.add(number, file, found)
-            _write_picture(image, found, file, folder, stem, formats, pictures, entry)
+            _write_picture(image, found, file, folder, stem, formats, pictures, entry, yolo_scores)
             if trained is not None:
                 for name, figure in (
                     ("hyperedges", draw_hyperedges(trained, image, detector.image_size)),
@@ -148,7 +151,16 @@ class _Together:
 
     def add(self, number: int, file: Path, found: Detections) -> None:
         self.images.append({"id": number, "file_name": file.name, "width": found.size[0], "height": found.size[1]})
-        self.predictions += coco_predictions(number, found.boxes, found.scores, [int(value) for value in found.classes])
+        categories = [int(value) for value in found.classes]
+        entries = coco_predictions(number, found.boxes, found.scores, categories)
+        further: list[dict[str, Any]] = []
+        if found.oriented is not None:
+            further = coco_oriented(number, found.oriented, found.boxes, found.scores, categories)
+        elif found.masks is not None:
+            further = coco_masks(number, found.masks, found.scores, categories)
+        elif found.keypoints is not None:
+            further = coco_keypoints(number, found.keypoints, found.scores, categories)
+        self.predictions += [{**entry, **more} for entry, more in zip(entries, further, strict=True)] if further else entries
 
 
 def _outputs(folder: Path, stem: str, video: bool, formats: Sequence[str], pictures: bool, explain: bool) -> list[Path]:
@@ -163,8 +175,9 @@ def _outputs(folder: Path, stem: str, video: bool, formats: Sequence[str], pictu
 
 
 def _write_picture(
-    image: np.ndarray, found: Detections, file: Path, folder: Path, stem: str, formats: Sequence[str], pictures: bool, entry: Entry
-) -> None:
+    image: np.ndarray, found: Detections, file: Path, folder: Path, stem: str, formats: Sequence[str], pictures: bool, entry: Entry,
+    yolo_scores: bool,
+) -> None:  # fmt: skip
     if pictures:
         drawn = Image.fromarray(draw(image, found))
         drawn.thumbnail((_LARGEST, _LARGEST))
@@ -177,7 +190,7 @@ def _write_picture(
     if "yolo" in formats:
         (folder / "labels").mkdir(exist_ok=True)
         with _writing(folder / "labels" / f"{stem}.txt", entry) as temporary:
-            temporary.write_text(found.to_yolo(), encoding="utf-8")
+            temporary.write_text(found.to_yolo(yolo_scores), encoding="utf-8")
 
 
 @contextmanager

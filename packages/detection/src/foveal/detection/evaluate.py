@@ -9,17 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from rich.console import Console
 from rich.progress import track
 
 from foveal.core.errors import UserError
 from foveal.core.files import atomic_write, output_folder
-from foveal.detection.data.labels import Labels, read_labels
+from foveal.detection.data.labels import LabelledPicture, Labels, read_labels
 from foveal.detection.data.pictures import read_picture
-from foveal.detection.metrics import Kind, average_precision, coco_ground_truth, coco_keypoints, coco_masks, coco_predictions
+from foveal.detection.metrics import (
+    Kind,
+    average_precision,
+    coco_ground_truth,
+    coco_keypoints,
+    coco_masks,
+    coco_oriented,
+    coco_predictions,
+    turned_boxes,
+)
 from foveal.detection.plots import draw_confusion, draw_precision_recall
+from foveal.detection.postprocess import probabilistic_overlap
 from foveal.detection.predict import Detections, Detector, Options
+
+#: What can be measured besides boxes, as an `Evaluation` and the files call it.
+SHOWN = {"segm": "masks", "keypoints": "keypoints", "oriented": "oriented"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +41,7 @@ class Scores:
     """COCO's numbers of one kind of prediction.
 
     Attributes:
-        numbers: twelve of masks, ten of keypoints.
+        numbers: twelve of masks and turned boxes, ten of keypoints.
         classes: AP of each class.
         predictions: as COCO's result files have them.
     """
@@ -44,11 +58,12 @@ class Evaluation:
     Attributes:
         numbers: COCO's twelve, of boxes.
         classes: AP of each class.
-        curves: of each class, precision at the recalls 0, 0.01 ... 1, at an overlap of 0.5.
-        confusion: objects there (rows) and found (columns), the last of each being nothing.
+        curves: of each class, precision at the recalls 0, 0.01 ... 1, at an overlap of 0.5; of turned boxes if they are measured.
+        confusion: objects there (rows) and found (columns), the last of each being nothing; by turned boxes if they are measured.
         predictions: as COCO's result files have them.
         masks: the same of masks, if the network finds them and every object of the labels has one.
         keypoints: the same of keypoints.
+        oriented: the same of turned boxes, if every object of the labels has an outline; `numbers` are of the upright boxes around them.
     """
 
     numbers: dict[str, float]
@@ -58,6 +73,7 @@ class Evaluation:
     predictions: list[dict[str, Any]]
     masks: Scores | None = None
     keypoints: Scores | None = None
+    oriented: Scores | None = None
 
 
 def evaluate(detector: Detector, labels: Labels, score: float = 0.25, progress: bool = False) -> Evaluation:
@@ -90,14 +106,23 @@ def evaluate(detector: Detector, labels: Labels, score: float = 0.25, progress: 
             more += coco_masks(picture.number, found.masks[known], scores, categories)
         elif further == "keypoints" and found.keypoints is not None:
             more += coco_keypoints(picture.number, found.keypoints[known], scores, categories)
-        _confuse(confusion, picture.boxes, picture.classes, found, labels.names, score)
+        elif further == "oriented" and found.oriented is not None:
+            more += coco_oriented(picture.number, found.oriented[known], found.boxes[known], scores, categories)
+        _confuse(confusion, _there(picture, further), picture.classes, found, labels.names, score)
     truth = coco_ground_truth(labels)
     whole, classes = average_precision(truth, predictions)
-    curves = {name: _curve(labels, predictions, numbers[name], position) for position, name in enumerate(labels.names)}
+    there = {picture.number: (_there(picture, further), picture.classes) for picture in labels.pictures}
+    shown = more if further == "oriented" else predictions
+    curves = {name: _curve(there, shown, numbers[name], position) for position, name in enumerate(labels.names)}
     scored = None if further is None else Scores(*average_precision(coco_ground_truth(labels, further), more, further, labels.sigmas), more)
-    return Evaluation(
-        whole, classes, curves, confusion, predictions, scored if further == "segm" else None, scored if further == "keypoints" else None
-    )
+    named = {} if further is None else {SHOWN[further]: scored}
+    return Evaluation(whole, classes, curves, confusion, predictions, **named)
+
+
+def _there(picture: LabelledPicture, further: Kind | None) -> np.ndarray:
+    """The picture's objects as they are compared: turned boxes if these are measured, else corners."""
+    turned = turned_boxes(picture) if further == "oriented" else None
+    return picture.boxes if turned is None else turned
 
 
 def _further(detector: Detector, labels: Labels) -> Kind | None:
@@ -113,11 +138,15 @@ def _further(detector: Detector, labels: Labels) -> Kind | None:
         if other is not None:
             raise UserError(f"expected labels of {wanted} keypoints, as the detector finds; got {other}")
         return "keypoints"
+    if task == "oriented" and all(len(picture.outlines) == len(picture.boxes) for picture in pictures):
+        return "oriented"
     return None
 
 
-def overlaps(first: Float[np.ndarray, "n 4"], second: Float[np.ndarray, "m 4"]) -> Float[np.ndarray, "n m"]:
-    """Intersection over union of corners."""
+def overlaps(first: Float[np.ndarray, "n numbers"], second: Float[np.ndarray, "m numbers"]) -> Float[np.ndarray, "n m"]:
+    """Intersection over union of corners; of turned boxes, which have five numbers, their probabilistic overlap."""
+    if first.shape[1] == 5:
+        return probabilistic_overlap(torch.from_numpy(first), torch.from_numpy(second)).numpy()
     low = np.maximum(first[:, None, :2], second[None, :, :2])
     high = np.minimum(first[:, None, 2:], second[None, :, 2:])
     common = np.prod(np.clip(high - low, 0, None), axis=2)
@@ -129,13 +158,14 @@ def _confuse(counts: np.ndarray, boxes: np.ndarray, classes: np.ndarray, found: 
     """Match the surest objects first, each with the free object that it overlaps most, by half or more, whatever its class."""
     free, nothing = set(range(len(boxes))), len(names)
     seen: set[bytes] = set()
-    shared = overlaps(found.boxes.astype(float), boxes) if len(boxes) and len(found) else np.zeros((len(found), len(boxes)))
+    places = found.oriented if boxes.shape[1] == 5 and found.oriented is not None else found.boxes
+    shared = overlaps(places.astype(float), boxes) if len(boxes) and len(found) else np.zeros((len(found), len(boxes)))
     for row in range(len(found)):
         if found.scores[row] < score or found.labels[row] not in names:
             continue
-        if found.boxes[row].tobytes() in seen:
+        if places[row].tobytes() in seen:
             continue  # a cell's second class
-        seen.add(found.boxes[row].tobytes())
+        seen.add(places[row].tobytes())
         best = max(free, key=lambda other: shared[row, other], default=None)
         column = names.index(found.labels[row])
         if best is not None and shared[row, best] >= 0.5:
@@ -147,9 +177,9 @@ def _confuse(counts: np.ndarray, boxes: np.ndarray, classes: np.ndarray, found: 
         counts[int(classes[other]), nothing] += 1
 
 
-def _curve(labels: Labels, predictions: list[dict[str, Any]], category: int, position: int) -> np.ndarray:
-    """Interpolated precision of one class at an overlap of 0.5."""
-    wanted = {picture.number: picture.boxes[picture.classes == position] for picture in labels.pictures}
+def _curve(there: dict[int, tuple[np.ndarray, np.ndarray]], predictions: list[dict[str, Any]], category: int, position: int) -> np.ndarray:
+    """Interpolated precision of one class at an overlap of 0.5. `there` has the boxes and classes of every picture."""
+    wanted = {number: boxes[classes == position] for number, (boxes, classes) in there.items()}
     total = sum(len(boxes) for boxes in wanted.values())
     taken = {number: np.zeros(len(boxes), bool) for number, boxes in wanted.items()}
     right = []
@@ -157,7 +187,8 @@ def _curve(labels: Labels, predictions: list[dict[str, Any]], category: int, pos
     for prediction in sorted(of_class, key=lambda entry: -entry["score"]):
         number, (x, y, width, height) = prediction["image_id"], prediction["bbox"]
         boxes = wanted[number]
-        shared = overlaps(np.array([[x, y, x + width, y + height]]), boxes)[0] if len(boxes) else np.zeros(0)
+        place = np.array([prediction["rbox"] if boxes.shape[1] == 5 else [x, y, x + width, y + height]])
+        shared = overlaps(place, boxes)[0] if len(boxes) else np.zeros(0)
         shared = np.where(taken[number], -1.0, shared)
         hit = len(shared) > 0 and shared.max() >= 0.5
         if hit:
@@ -192,13 +223,14 @@ def evaluate_command(
     """
     labels = read_labels(source, split, images=images)
     detector = Detector.from_pretrained(checkpoint, image_size=image_size, device=device)
-    further = {"segm": "predictions_masks.json", "keypoints": "predictions_keypoints.json"}.get(_further(detector, labels) or "")
-    written = ("metrics.json", "predictions.json", *([further] if further else []), "precision_recall.png", "confusion.png")
+    further = _further(detector, labels)
+    more = [f"predictions_{SHOWN[further]}.json"] if further else []
+    written = ("metrics.json", "predictions.json", *more, "precision_recall.png", "confusion.png")
     folder = output_folder("evaluated" if output is None else output, overwrite, written)
     found = evaluate(detector, labels, score, progress=sys.stderr.isatty())
     summary: dict[str, Any] = {"pictures": len(labels.pictures), "objects": labels.objects, **found.numbers, "classes": found.classes}
     files: dict[str, Any] = {"metrics.json": summary, "predictions.json": found.predictions}
-    measured = {name: scores for name, scores in (("masks", found.masks), ("keypoints", found.keypoints)) if scores is not None}
+    measured = {name: scores for name in SHOWN.values() if (scores := getattr(found, name)) is not None}
     for name, scores in measured.items():
         summary[name] = {**scores.numbers, "classes": scores.classes}
         files[f"predictions_{name}.json"] = scores.predictions
@@ -217,10 +249,10 @@ def evaluate_command(
     print(f"{len(labels.pictures)} pictures, {labels.objects} objects")
     _print_scores("", found.numbers, found.classes, ("AP", "AP50", "AP75", "AR100"))
     for name, scores in measured.items():
-        _print_scores(f"{name}: ", scores.numbers, scores.classes, ("AP", "AP50", "AP75", "AR100" if name == "masks" else "AR"))
-    lacking = {"segment": "masks", "pose": "keypoints"}.get(detector.model.config.task)
-    if lacking and lacking not in measured:
-        print(f"{lacking} are not measured: not every object of the labels has them")
+        _print_scores(f"{name}: ", scores.numbers, scores.classes, ("AP", "AP50", "AP75", "AR" if name == "keypoints" else "AR100"))
+    lacking = {"segment": "masks", "pose": "keypoints", "oriented": "turned boxes"}.get(detector.model.config.task)
+    if lacking and not measured:
+        print(f"{lacking} are not measured: not every object of the labels has {'an outline' if lacking == 'turned boxes' else 'them'}")
     print(", ".join(str(folder / name) for name in written))
     return 0
 

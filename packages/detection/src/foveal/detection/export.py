@@ -19,6 +19,9 @@ from foveal.detection.models.heads import RawPrediction
 from foveal.detection.models.yolov13 import YOLOv13
 from foveal.detection.predict import BUNDLED, WEIGHTS
 
+#: What a head says besides boxes and scores.
+_FURTHER = {"segment": "coefficients", "pose": "keypoints", "oriented": "angles"}
+
 
 class Exported(nn.Module):
     """What an ONNX file computes: pixels in 0..1 to decoded boxes and scores. In half precision boxes are still decoded in single."""
@@ -53,7 +56,8 @@ def export_onnx(model: YOLOv13, target: str | Path, *, image_size: int = 640, ha
         names: of the classes, written into the file.
 
     Returns:
-        Greatest difference to torch in single precision: "boxes" in pixels and "scores".
+        Greatest difference to torch in single precision: "boxes" in pixels and "scores"; and as a share of the greatest value, where the head says
+        such things, "coefficients" and "prototypes" of masks, "keypoints", or "angles".
 
     Raises:
         UserError: another suffix, a size that is no multiple of 32, or a file that does not answer as torch does.
@@ -85,19 +89,25 @@ def export_onnx(model: YOLOv13, target: str | Path, *, image_size: int = 640, ha
         onnx.save(graph, str(temporary))
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
         with torch.no_grad():
-            expected = model(example).decoded.numpy()  # of the network itself, in its order of operations
-        worst = {"boxes": 0.0, "scores": 0.0}
+            said = model(example)  # of the network itself, in its order of operations
+        expected = [part.numpy().astype(np.float64) for part in (said.decoded, said.extra, said.prototypes) if part is not None]
+        more = [*([_FURTHER[model.config.task]] if said.extra is not None else []), *(["prototypes"] if said.prototypes is not None else [])]
+        worst = dict.fromkeys(("boxes", "scores", *more), 0.0)
         for pictures in (2, 1):
-            answer = np.asarray(session.run(None, {"image": given[:pictures].numpy()})[0])
-            difference = np.abs(answer.astype(np.float64) - expected[:pictures])
-            worst = {"boxes": max(worst["boxes"], float(difference[:, :4].max())), "scores": max(worst["scores"], float(difference[:, 4:].max()))}
+            answers = [np.asarray(answer).astype(np.float64) for answer in session.run(None, {"image": given[:pictures].numpy()})]
+            apart = [np.abs(answer - part[:pictures]) for answer, part in zip(answers, expected, strict=True)]
+            shares = [float(distance.max() / max(np.abs(part).max(), 1.0)) for distance, part in zip(apart[1:], expected[1:], strict=True)]
+            found = {"boxes": float(apart[0][:, :4].max()), "scores": float(apart[0][:, 4:].max()), **dict(zip(more, shares, strict=True))}
+            worst = {name: max(value, found[name]) for name, value in worst.items()}
         # Half precision keeps three digits through seventy layers.
-        limits = {"boxes": 0.05 * image_size if half else 0.05, "scores": 0.05 if half else 1e-3}
+        limits = {"boxes": 0.05 * image_size if half else 0.05} | dict.fromkeys(("scores", *more), 0.05 if half else 1e-3)
         if not all(worst[name] <= limits[name] for name in limits):
-            raise UserError(
-                f"expected the exported file to answer as torch does; boxes differ by {worst['boxes']:.3g} pixels, scores by {worst['scores']:.3g}"
-            )
+            raise UserError(f"expected the exported file to answer as torch does; {_told(worst, 'differ by')}")
     return worst
+
+
+def _told(worst: dict[str, float], how: str) -> str:
+    return ", ".join(f"{name} {how} {value:.2g}{' pixels' if name == 'boxes' else ''}" for name, value in worst.items())
 
 
 def export_command(
@@ -121,5 +131,5 @@ def export_command(
         print(json.dumps({"file": str(output), "megabytes": megabytes, "image_size": size, "half": half, "differences": worst}, indent=1))
     else:
         print(f"{output}: {megabytes:.1f} MB, input (batch, 3, {size}, {size}) {'float16' if half else 'float32'}, RGB in 0..1")
-        print(f"against torch in single precision: boxes within {worst['boxes']:.2g} pixels, scores within {worst['scores']:.2g}")
+        print(f"against torch in single precision: {_told(worst, 'within')}")
     return 0

@@ -31,7 +31,7 @@ from foveal.detection.models.direct_mhp import DirectMHP, HeadPoses
 from foveal.detection.postprocess import back_to_picture, corners, letterbox
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning moves what a step predicts to the CPU in place
 class Heads:
     """Heads of one picture, the surest first.
 

@@ -1,4 +1,4 @@
-"""Average precision of boxes, masks and keypoints as COCO defines it, by pycocotools itself, of predictions in memory or in a file."""
+"""Average precision of boxes, masks, keypoints and turned boxes as COCO defines it, by pycocotools itself, of predictions in memory or in a file."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval, Params
 
 from foveal.core.errors import UserError
-from foveal.detection.data.labels import Labels
+from foveal.detection.data.labels import LabelledPicture, Labels
+from foveal.detection.postprocess import corners_of_turned, probabilistic_overlap
 
 #: The twelve numbers of COCO, in its order.
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
 #: Its ten of keypoints.
 KEYPOINT_NAMES = ("AP", "AP50", "AP75", "AP_medium", "AP_large", "AR", "AR50", "AR75", "AR_medium", "AR_large")
 #: What predictions are compared by.
-Kind = Literal["bbox", "segm", "keypoints"]
+Kind = Literal["bbox", "segm", "keypoints", "oriented"]
 #: How much of its box an object fills where nothing says so: ultralytics' value, by which its own keypoints are measured.
 _FILLED = 0.53
 
@@ -31,16 +33,19 @@ def coco_ground_truth(labels: Labels, kind: Kind = "bbox") -> dict[str, Any]:
     Args:
         labels: of the pictures.
         kind: what will be compared. Where the labels do not give an object's area it is for "bbox" the box's, for "segm" the mask's, and for
-            "keypoints" 0.53 of the box's.
+            "keypoints" 0.53 of the box's. Of "oriented" it is the turned box's, which is the smallest around the object's outline.
 
     Raises:
-        ValueError: masks or keypoints are asked for, and objects lack them.
+        ValueError: masks, keypoints or turned boxes are asked for, and objects lack masks, keypoints or outlines.
     """
     numbers = labels.numbers or list(range(len(labels.names)))
     annotations: list[dict[str, Any]] = []
     for picture in labels.pictures:
-        if (kind == "segm" and len(picture.masks) != len(picture.boxes)) or (
-            kind == "keypoints" and len(picture.boxes) and picture.keypoints is None
+        turned = turned_boxes(picture) if kind == "oriented" else None
+        if (
+            (kind == "segm" and len(picture.masks) != len(picture.boxes))
+            or (kind == "keypoints" and len(picture.boxes) and picture.keypoints is None)
+            or (kind == "oriented" and turned is None)
         ):
             raise ValueError(f"{kind} of every object are needed; {picture.path} has boxes alone")
         groups = (
@@ -60,6 +65,10 @@ def coco_ground_truth(labels: Labels, kind: Kind = "bbox") -> dict[str, Any]:
                 elif kind == "keypoints":
                     entry |= _keypoints(keypoints[row] if keypoints is not None else np.zeros((1, 3)))
                     entry["area"] *= _FILLED
+                elif kind == "oriented":
+                    assert turned is not None
+                    entry["rbox"] = turned[row].tolist() if not crowd else [*((box[:2] + box[2:]) / 2).tolist(), width, height, 0.0]
+                    entry["area"] = entry["rbox"][2] * entry["rbox"][3]
                 if areas is not None and np.isfinite(areas[row]):
                     entry["area"] = float(areas[row])
                 annotations.append(entry)
@@ -131,6 +140,54 @@ def coco_keypoints(number: int, keypoints: np.ndarray, scores: np.ndarray, categ
     ]
 
 
+def turned_boxes(picture: LabelledPicture) -> np.ndarray | None:
+    """Centre x, centre y, width, height in pixels and angle in radians of the smallest turned box around each object's outline, (objects, 5), as
+    ultralytics makes them of labels to train on; None where an object has no outline.
+    """
+    if len(picture.outlines) != len(picture.boxes):
+        return None
+    from foveal.detection.borrowed import xyxyxyxy2xywhr
+
+    return np.concatenate([np.zeros((0, 5)), *(xyxyxyxy2xywhr(outline[None]) for outline in picture.outlines)])
+
+
+def coco_oriented(number: int, oriented: np.ndarray, boxes: np.ndarray, scores: np.ndarray, categories: Sequence[int]) -> list[dict[str, Any]]:
+    """Turned boxes found in picture `number` as result files have them: COCO's upright box and outline, and ``rbox`` as ultralytics writes it.
+
+    Args:
+        number: of the picture.
+        oriented: (objects, 5), centre x, centre y, width, height in pixels and angle in radians.
+        boxes: (objects, 4), corners of the upright boxes around them.
+        scores: (objects,).
+        categories: of the objects.
+    """
+    found = coco_predictions(number, boxes, scores, categories)
+    for entry, box, points in zip(found, oriented.astype(float), corners_of_turned(oriented.astype(float)), strict=True):
+        entry |= {"rbox": box.tolist(), "segmentation": [points.ravel().tolist()]}
+    return found
+
+
+class _TurnedEvaluation(COCOeval):
+    """COCO's evaluation of boxes that are turned: what they share is their probabilistic overlap, all else as of upright boxes.
+
+    A crowd, which may hold many objects, takes the share of the upright box that lies in its own, as COCO has it.
+    """
+
+    def computeIoU(self, imgId: Any, catId: Any) -> Any:
+        """Overlaps of the surest predictions (rows) with the objects of a picture and a class."""
+        objects, found = self._gts[imgId, catId], self._dts[imgId, catId]
+        if not objects or not found:
+            return []
+        found = sorted(found, key=lambda entry: -entry["score"])[: self.params.maxDets[-1]]
+        turned = [torch.tensor([entry["rbox"] for entry in entries], dtype=torch.float64) for entries in (found, objects)]
+        shared = probabilistic_overlap(*turned).numpy()
+        crowds = np.array([bool(entry["iscrowd"]) for entry in objects])
+        if crowds.any():
+            upright = run_lengths.iou([entry["bbox"] for entry in found], [entry["bbox"] for entry in objects], crowds.astype(np.uint8).tolist())
+            shared[:, crowds] = upright[:, crowds]
+        return shared
+
+
 def average_precision(
     truth: dict[str, Any], predictions: list[dict[str, Any]], kind: Kind = "bbox", sigmas: Sequence[float] | None = None
 ) -> tuple[dict[str, float], dict[str, float]]:
@@ -138,8 +195,9 @@ def average_precision(
 
     Args:
         truth: as `coco_ground_truth` gives it for this kind.
-        predictions: of all pictures, as `coco_predictions`, `coco_masks` or `coco_keypoints` give them.
-        kind: "bbox" compares boxes and "segm" masks by what they share, "keypoints" keypoints by COCO's similarity (OKS).
+        predictions: of all pictures, as `coco_predictions`, `coco_masks`, `coco_keypoints` or `coco_oriented` give them.
+        kind: "bbox" compares boxes and "segm" masks by what they share, "keypoints" keypoints by COCO's similarity (OKS), "oriented" turned boxes
+            by their probabilistic overlap, as ultralytics does.
         sigmas: of the keypoints; by default COCO's where they are its 17, else 1 / keypoints for each, as ultralytics has it.
     """
     names = KEYPOINT_NAMES if kind == "keypoints" else NAMES
@@ -153,7 +211,13 @@ def average_precision(
         reference = COCO()
         reference.dataset = truth
         reference.createIndex()
-        evaluation = COCOeval(reference, reference.loadRes([dict(entry) for entry in predictions]), kind)  # it writes into what it is given
+        results = reference.loadRes([dict(entry) for entry in predictions])  # it writes into what it is given
+        if kind == "oriented":
+            for entry in results.dataset["annotations"]:
+                entry["area"] = entry["rbox"][2] * entry["rbox"][3]
+            evaluation = _TurnedEvaluation(reference, results, "bbox")
+        else:
+            evaluation = COCOeval(reference, results, kind)
         if kind == "keypoints":
             evaluation.params.kpt_oks_sigmas = _sigmas(sigmas, len(predictions[0]["keypoints"]) // 3)
         evaluation.evaluate()

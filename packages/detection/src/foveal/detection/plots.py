@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from foveal.detection.models.blocks import AreaAttention
 from foveal.detection.models.yolov13 import YOLOv13
-from foveal.detection.postprocess import letterbox
+from foveal.detection.postprocess import corners_of_turned, letterbox
 from foveal.kernels.nn import HyperedgeAttention
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def draw(image: UInt8[np.ndarray, "height width 3"], found: Detections) -> UInt8
     for row in reversed(range(len(found))):
         colour = colour_of(int(found.classes[row]))
         if found.oriented is not None:
-            pen.polygon([tuple(point) for point in _turned(found.oriented[row])], outline=colour, width=width)
+            pen.polygon([tuple(point) for point in corners_of_turned(found.oriented[row : row + 1])[0]], outline=colour, width=width)
         else:
             pen.rectangle([float(value) for value in found.boxes[row]], outline=colour, width=width)
         if found.keypoints is not None:
@@ -60,15 +60,6 @@ def draw(image: UInt8[np.ndarray, "height width 3"], found: Detections) -> UInt8
         pen.rectangle((left, top, left + across, top + down), fill=colour)
         pen.text((left + 2, top + 1), text, fill="black" if sum(colour) > 380 else "white", font=font)
     return np.asarray(canvas)
-
-
-def _turned(box: np.ndarray) -> np.ndarray:
-    """Corners of an oriented box."""
-    x, y, width, height, angle = (float(value) for value in box)
-    across = np.array([np.cos(angle), np.sin(angle)]) * width / 2
-    down = np.array([-np.sin(angle), np.cos(angle)]) * height / 2
-    centre = np.array([x, y])
-    return np.stack((centre + across + down, centre + across - down, centre - across - down, centre - across + down))
 
 
 def draw_precision_recall(

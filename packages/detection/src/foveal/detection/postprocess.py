@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,11 +18,13 @@ from foveal.detection.models.heads import masks_of
 _CANDIDATES = 30_000
 #: Boxes of different classes are moved apart by this, more than any picture is wide.
 _APART = 100_000.0
+#: Turned boxes that are held against all surer ones at once.
+_BLOCK = 512
 #: Masks that are brought to a picture's size at once.
 _MASKS = 16
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning moves what a step predicts to the CPU in place
 class Found:
     """Objects of one picture, the surest first.
 
@@ -82,7 +84,7 @@ def suppress(
     if oriented:
         assert extra is not None
         turned = torch.cat((chosen, extra[:, cells].T), 1)
-        kept = _suppress_turned(turned, classes if not across_classes else torch.zeros_like(classes), overlap)[:most]
+        kept = _suppress_turned(turned, classes if not across_classes else torch.zeros_like(classes), overlap, most)
         return Found(turned[kept], values[kept], classes[kept])
     chosen = corners(chosen)
     apart = chosen if across_classes else chosen + (classes * _APART)[:, None].to(chosen.dtype)
@@ -90,14 +92,33 @@ def suppress(
     return Found(chosen[kept], values[kept], classes[kept], None if extra is None else extra[:, cells[kept]].T)
 
 
-def _suppress_turned(boxes: Float[Tensor, "boxes 5"], classes: Tensor, overlap: float) -> Tensor:
-    """Numbers of the boxes that no surer one of their class overlaps; the boxes are in falling order of score."""
-    shut = (_probabilistic_overlap(boxes, boxes) >= overlap) & (classes[:, None] == classes)
-    return (shut.triu(1).sum(0) == 0).nonzero()[:, 0]
+def _suppress_turned(boxes: Float[Tensor, "boxes 5"], classes: Int[Tensor, " boxes"], overlap: float, most: int) -> Int[Tensor, " kept"]:
+    """Numbers of the first `most` boxes that no surer one of their class overlaps; the boxes are in falling order of score.
+
+    As ultralytics has it, a box that is shut out shuts out others too. A block of boxes at a time is held against all before it.
+    """
+    kept: list[Tensor] = []
+    for start in range(0, len(boxes), _BLOCK):
+        rows = torch.arange(start, min(start + _BLOCK, len(boxes)), device=boxes.device)
+        end = start + len(rows)
+        shut = (probabilistic_overlap(boxes[:end], boxes[rows]) > overlap) & (classes[:end, None] == classes[rows])
+        surer = torch.arange(end, device=boxes.device)[:, None] < rows
+        kept.append(rows[~(shut & surer).any(0)])
+        if sum(map(len, kept)) >= most:
+            break
+    return torch.cat(kept)[:most] if kept else torch.zeros(0, dtype=torch.long, device=boxes.device)
 
 
-def _probabilistic_overlap(first: Float[Tensor, "n 5"], second: Float[Tensor, "m 5"]) -> Float[Tensor, "n m"]:
-    """One minus the Hellinger distance of the boxes' Gaussians (Llerena et al., 2021)."""
+def probabilistic_overlap(first: Float[Tensor, "n 5"], second: Float[Tensor, "m 5"]) -> Float[Tensor, "n m"]:
+    """How much turned boxes share: one minus the Hellinger distance of their Gaussians, as ultralytics has it (probiou).
+
+    Args:
+        first: centre x, centre y, width, height in pixels and angle in radians.
+        second: the same.
+
+    References:
+        Llerena et al., Gaussian Bounding Boxes and Probabilistic Intersection-over-Union for Object Detection, 2021 (arXiv:2106.06072).
+    """
 
     def covariance(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a, b = boxes[:, 2] ** 2 / 12, boxes[:, 3] ** 2 / 12
@@ -108,11 +129,32 @@ def _probabilistic_overlap(first: Float[Tensor, "n 5"], second: Float[Tensor, "m
     (a1, b1, c1), (a2, b2, c2) = (tuple(part[:, None] for part in covariance(first)), tuple(part[None] for part in covariance(second)))
     dx, dy = second[None, :, 0] - first[:, None, 0], second[None, :, 1] - first[:, None, 1]
     a, b, c = a1 + a2, b1 + b2, c1 + c2
-    common = a * b - c**2 + small
-    distance = (a * dy**2 + b * dx**2) / common / 4 + c * dx * dy / common / 2
+    common = a * b - c**2
+    distance = (a * dy**2 + b * dx**2) / (common + small) / 4 - c * dx * dy / (common + small) / 2
     shapes = (a1 * b1 - c1**2).clamp_min(0) * (a2 * b2 - c2**2).clamp_min(0)
-    distance = distance + ((common / (4 * shapes.sqrt() + small)) + small).log() / 2
+    distance = distance + (common / (4 * shapes.sqrt() + small) + small).log() / 2
     return 1 - (1 - (-distance.clamp(small, 100.0)).exp() + small).sqrt()
+
+
+def corners_of_turned(boxes: Float[np.ndarray, "objects 5"]) -> Float[np.ndarray, "objects 4 2"]:
+    """The four corners of turned boxes (centre x, centre y, width, height, angle), one after the other round each."""
+    centre, angle = boxes[:, :2], boxes[:, 4]
+    across = np.stack((np.cos(angle), np.sin(angle)), 1) * boxes[:, 2:3] / 2
+    down = np.stack((-np.sin(angle), np.cos(angle)), 1) * boxes[:, 3:4] / 2
+    return np.stack((centre + across + down, centre + across - down, centre - across - down, centre - across + down), 1)
+
+
+def turned_in_picture(
+    boxes: Float[Tensor, "objects 5"], factor: float, padding: Sequence[float], size: tuple[int, int]
+) -> tuple[Float[Tensor, "objects 5"], Float[Tensor, "objects 4"]]:
+    """Turned boxes of the padded picture in the picture of `size` (width, height), and the upright box around each, which ends with the picture."""
+    turned = boxes.clone()
+    turned[:, :2] = (turned[:, :2] - turned.new_tensor(padding)) / factor
+    turned[:, 2:4] /= factor
+    cosine, sine = turned[:, 4].cos().abs(), turned[:, 4].sin().abs()
+    half = torch.stack((turned[:, 2] * cosine + turned[:, 3] * sine, turned[:, 2] * sine + turned[:, 3] * cosine), 1) / 2
+    upright = torch.cat((turned[:, :2] - half, turned[:, :2] + half), 1)
+    return turned, upright.clamp_min(0).minimum(turned.new_tensor([*size, *size]))
 
 
 def letterbox(image: Float[Tensor, "3 height width"], size: int, stride: int = 32) -> tuple[Tensor, float, tuple[int, int]]:
@@ -131,7 +173,7 @@ def letterbox(image: Float[Tensor, "3 height width"], size: int, stride: int = 3
     return F.pad(image, (left, right - left, top, below - top), value=114 / 255), factor, (left, top)
 
 
-def back_to_picture(boxes: Float[Tensor, "objects 4"], factor: float, padding: tuple[int, int], size: tuple[int, int]) -> Float[Tensor, "objects 4"]:
+def back_to_picture(boxes: Float[Tensor, "objects 4"], factor: float, padding: Sequence[float], size: tuple[int, int]) -> Float[Tensor, "objects 4"]:
     """Corners in the padded picture to corners in the picture of `size` (width, height)."""
     shift = boxes.new_tensor([*padding, *padding])
     limit = boxes.new_tensor([*size, *size])

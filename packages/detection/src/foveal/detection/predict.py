@@ -21,7 +21,7 @@ from foveal.detection.data.pictures import read_picture
 from foveal.detection.metrics import encoded
 from foveal.detection.models.inference import inference_form
 from foveal.detection.models.yolov13 import YOLOv13
-from foveal.detection.postprocess import Found, back_to_picture, letterbox, masks_in_picture, suppress
+from foveal.detection.postprocess import Found, back_to_picture, corners_of_turned, letterbox, masks_in_picture, suppress, turned_in_picture
 
 #: Where the package's own weights are.
 WEIGHTS = Path(__file__).parent / "weights"
@@ -76,13 +76,30 @@ class Detections:
             found.append(entry)
         return found
 
-    def to_yolo(self) -> str:
-        """Lines of a YOLO label file: class, centre and size as shares of the picture, score."""
-        width, height = self.size
+    def to_yolo(self, scores: bool = False) -> str:
+        """Lines of a YOLO label file, in shares of the picture: class, then the outline of a mask, or the corners of a turned box, or centre and
+        size and the keypoints.
+
+        Args:
+            scores: whether each line ends with the score, which label files have not.
+        """
+        size = np.array(self.size, dtype=np.float64)
         lines = []
-        for box, score, number in zip(self.boxes, self.scores, self.classes, strict=True):
-            x, y = (box[0] + box[2]) / 2 / width, (box[1] + box[3]) / 2 / height
-            lines.append(f"{int(number)} {x:.6f} {y:.6f} {(box[2] - box[0]) / width:.6f} {(box[3] - box[1]) / height:.6f} {float(score):.4f}\n")
+        for row, (box, number) in enumerate(zip(self.boxes.astype(np.float64), self.classes, strict=True)):
+            left, top, right, bottom = box
+            if self.oriented is not None:
+                values = corners_of_turned(self.oriented[row : row + 1].astype(np.float64))[0] / size
+            elif self.masks is not None:
+                outline = outline_of(self.masks[row])
+                values = np.array(outline if len(outline) > 2 else [[left, top], [right, top], [right, bottom], [left, bottom]]) / size
+            else:
+                values = np.array([[(left + right) / 2, (top + bottom) / 2], [right - left, bottom - top]]) / size
+            numbers = values.ravel().tolist()
+            if self.keypoints is not None:
+                points = self.keypoints[row].astype(np.float64)
+                numbers += np.concatenate((points[:, :2] / size, points[:, 2:]), 1).ravel().tolist()
+            words = [str(int(number)), *(f"{value:.6f}" for value in numbers), *([f"{float(self.scores[row]):.4f}"] if scores else [])]
+            lines.append(" ".join(words) + "\n")
         return "".join(lines)
 
 
@@ -236,14 +253,8 @@ class Detector:
         masks = keypoints = oriented = None
         boxes = found.boxes
         if self.model.config.task == "oriented":
-            turned = boxes.clone()
-            turned[:, :2] = (turned[:, :2] - turned.new_tensor(padding)) / factor
-            turned[:, 2:4] /= factor
+            turned, boxes = turned_in_picture(boxes, factor, padding, size)
             oriented = turned.cpu().numpy()
-            half_width = (turned[:, 2] * turned[:, 4].cos()).abs() / 2 + (turned[:, 3] * turned[:, 4].sin()).abs() / 2
-            half_height = (turned[:, 2] * turned[:, 4].sin()).abs() / 2 + (turned[:, 3] * turned[:, 4].cos()).abs() / 2
-            half = torch.stack((half_width, half_height), 1)
-            boxes = torch.cat((turned[:, :2] - half, turned[:, :2] + half), 1).clamp_min(0).minimum(turned.new_tensor([*size, *size]))
         else:
             boxes = back_to_picture(boxes, factor, padding, size)
         if self.model.config.task == "segment" and prototypes is not None and found.extra is not None:
@@ -279,21 +290,26 @@ class Detector:
         """Objects seen in several tiles, once each: a box that lies in a surer one of its class, or overlaps it, goes."""
         boxes, scores = np.concatenate([found.boxes for found in several]), np.concatenate([found.scores for found in several])
         classes = np.concatenate([found.classes for found in several])
+
+        def joined(name: str) -> Any:
+            parts = [getattr(found, name) for found in several]
+            return None if any(part is None for part in parts) else np.concatenate(parts)
+
+        turned = joined("oriented")
         kept: list[int] = []
         for row in np.argsort(-scores, kind="stable"):
             others = [other for other in kept if classes[other] == classes[row]]
-            if not others or _covered(boxes[row], boxes[others]).max() <= options.overlap:
+            shared = _covered(boxes[row], boxes[others])
+            if turned is not None:
+                near = shared > 0  # turned boxes share nothing where the upright ones around them do not
+                shared[near] = _covered_turned(turned[row], turned[others][near])
+            if not others or shared.max() <= options.overlap:
                 kept.append(int(row))
             if len(kept) == options.most:
                 break
 
-        def joined(name: str) -> Any:
-            parts = [getattr(found, name) for found in several]
-            return None if any(part is None for part in parts) else np.concatenate(parts)[kept]
-
-        return Detections(
-            several[0].size, boxes[kept], scores[kept], classes[kept], self.names, joined("masks"), joined("keypoints"), joined("oriented")
-        )
+        whole = Detections(several[0].size, boxes, scores, classes, self.names, joined("masks"), joined("keypoints"), turned)
+        return _rows(whole, np.array(kept, dtype=int))
 
     def _only(self, found: Detections, classes: Sequence[str] | None) -> Detections:
         if classes is None:
@@ -319,6 +335,21 @@ def _covered(box: np.ndarray, others: np.ndarray) -> np.ndarray:
     common = np.prod(np.clip(high - low, 0, None), axis=1)
     area = np.prod(box[2:] - box[:2])
     return common / np.maximum(np.minimum(area, np.prod(others[:, 2:] - others[:, :2], axis=1)), 1e-9)
+
+
+def _covered_turned(box: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The same of turned boxes."""
+    import cv2
+
+    def rectangle(one: np.ndarray) -> Any:
+        return (float(one[0]), float(one[1])), (float(one[2]), float(one[3])), float(np.degrees(one[4]))
+
+    areas = []
+    for other in others:
+        _, points = cv2.rotatedRectangleIntersection(rectangle(box), rectangle(other))
+        common = 0.0 if points is None else cv2.contourArea(cv2.convexHull(points))
+        areas.append(common / max(min(box[2] * box[3], other[2] * other[3]), 1e-9))
+    return np.array(areas)
 
 
 def _rows(found: Detections, kept: np.ndarray) -> Detections:

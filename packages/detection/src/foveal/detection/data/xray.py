@@ -310,7 +310,7 @@ class XRayData(pl.LightningDataModule):
 
     def _plain(self, part: str) -> list[DataLoader]:
         self.measured = self.scenes(part)
-        return [DataLoader(XRaySet(scenes, self.side, self.convention), 1, collate_fn=together) for scenes in self.measured.values()]
+        return [DataLoader(XRaySet(scenes, self.side, self.convention), batch_size=1, collate_fn=together) for scenes in self.measured.values()]
 
     def val_dataloader(self) -> list[DataLoader]:
         """In order, one picture at a time."""
@@ -319,6 +319,8 @@ class XRayData(pl.LightningDataModule):
     def test_dataloader(self) -> list[DataLoader]:
         """Each split."""
         return self._plain("test")
+
+    predict_dataloader = test_dataloader
 
 
 def write_scenes(scenes: MadeScenes, folder: str | Path) -> Path:

@@ -6,6 +6,7 @@ epochs in which the biases' rate falls and the others' rises, then a straight li
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -15,23 +16,26 @@ from torch import Tensor, nn
 from foveal.core.checkpoint import load_weights
 from foveal.core.errors import UserError
 from foveal.core.muon import Muon
+from foveal.core.processes import of_every_process, once
 from foveal.detection.checkpoints.compact import completed
 from foveal.detection.data.labels import Labels
 from foveal.detection.data.sets import DetectionData
 from foveal.detection.losses import DetectionLoss
-from foveal.detection.metrics import Kind, average_precision, coco_ground_truth, coco_keypoints, coco_masks, coco_predictions
+from foveal.detection.metrics import Kind, average_precision, coco_ground_truth, coco_keypoints, coco_masks, coco_oriented, coco_predictions
+from foveal.detection.models.heads import Prediction
 from foveal.detection.models.yolov13 import YOLOv13, YOLOv13Config
-from foveal.detection.postprocess import Found, back_to_picture, masks_in_picture, suppress
+from foveal.detection.postprocess import Found, back_to_picture, masks_in_picture, suppress, turned_in_picture
 
 #: What a network of a task is measured by besides its boxes, and how that is called in the log.
-FURTHER: dict[str, tuple[Kind, str]] = {"segment": ("segm", "mask"), "pose": ("keypoints", "keypoint")}
+FURTHER: dict[str, tuple[Kind, str]] = {"segment": ("segm", "mask"), "pose": ("keypoints", "keypoint"), "oriented": ("oriented", "oriented")}
 
 
 class DetectionTask(pl.LightningModule):
     """Trains and measures a YOLOv13.
 
     Logged: ``train/<part of the loss>``, ``val/AP``, ``val/AP50``, ``val/AP75`` and so for ``test``, with the AP of every class. Of masks and
-    keypoints as well: ``val/mask_AP``, ``val/mask_AP50``, ``val/mask_AP75``, ``val/mask_AP_<class>``, and so ``val/keypoint_AP``.
+    keypoints as well: ``val/mask_AP``, ``val/mask_AP50``, ``val/mask_AP75``, ``val/mask_AP_<class>``, and so ``val/keypoint_AP``. Of turned boxes
+    ``val/oriented_AP``; ``val/AP`` is then of the upright boxes around them.
 
     Args:
         config: of the network; its classes must be as many as the data's.
@@ -183,7 +187,8 @@ class DetectionTask(pl.LightningModule):
 
     def predict_step(self, batch: dict[str, Any], index: int) -> list[Found]:
         """What is found in each picture, in the pixels that the network saw."""
-        return [suppress(decoded.float()) for decoded in self.network(_pixels(batch)).decoded]
+        said = self.network(_pixels(batch))
+        return [self._suppressed(said, row, score=0.25) for row in range(len(said.decoded))]
 
     def on_validation_epoch_start(self) -> None:
         """Nothing is found yet."""
@@ -209,19 +214,27 @@ class DetectionTask(pl.LightningModule):
         further = FURTHER.get(self.network.config.task)
         return ["bbox", *([further[0]] if further else [])]
 
+    def _suppressed(self, said: Prediction, row: int, **how: Any) -> Found:
+        """The objects of a picture of the batch, in the pixels that the network saw."""
+        extra = None if said.extra is None else said.extra[row].float()
+        return suppress(said.decoded[row].float(), extra=extra, oriented=self.network.config.task == "oriented", **how)
+
     def _collect(self, batch: dict[str, Any], labels: Labels) -> None:
-        """Boxes, masks and keypoints of every picture in its own pixels. Oriented boxes are measured by the upright boxes of their sides' lengths."""
+        """Boxes, masks, keypoints and turned boxes of every picture in its own pixels."""
         images = _pixels(batch)
         found = self.network(images)
         pictures = {str(picture.path): picture for picture in labels.pictures}
         for row, file in enumerate(batch["im_file"]):
             number = pictures[file].number
-            extra = found.extra[row].float() if self.network.config.task in FURTHER else None
-            objects = suppress(found.decoded[row].float(), score=0.001, overlap=0.7, most=300, several=True, extra=extra)
+            objects = self._suppressed(found, row, score=0.001, overlap=0.7, most=300, several=True)
             (height, width), factor_padding = batch["ori_shape"][row], batch["ratio_pad"][row]
             factor, padding = factor_padding[0][0], factor_padding[1]
-            boxes = back_to_picture(objects.boxes, factor, padding, (width, height))
             scores, categories = objects.scores.cpu().numpy(), [labels.numbers[int(kind)] for kind in objects.classes]
+            if "oriented" in self._found:
+                turned, boxes = turned_in_picture(objects.boxes, factor, padding, (width, height))
+                self._found["oriented"] += coco_oriented(number, turned.cpu().numpy(), boxes.cpu().numpy(), scores, categories)
+            else:
+                boxes = back_to_picture(objects.boxes, factor, padding, (width, height))
             self._found["bbox"] += coco_predictions(number, boxes.cpu().numpy(), scores, categories)
             if "segm" in self._found:
                 assert objects.extra is not None
@@ -238,13 +251,7 @@ class DetectionTask(pl.LightningModule):
         labels = self._labels(part)
         prefixes = {"bbox": "", **{kind: f"{name}_" for kind, name in FURTHER.values()}}
         for kind, own in self._found.items():
-            found = own
-            if self.trainer.world_size > 1:
-                shares: list[Any] = [None] * self.trainer.world_size
-                torch.distributed.all_gather_object(shares, found)
-                # Lightning fills up the last processes' shares with pictures that others have too.
-                first = {prediction["image_id"]: rank for rank, share in reversed(list(enumerate(shares))) for prediction in share}
-                found = [prediction for rank, share in enumerate(shares) for prediction in share if first[prediction["image_id"]] == rank]
+            found = once(of_every_process(self.trainer, own), itemgetter("image_id"))
             whole, classes = average_precision(coco_ground_truth(labels, kind), found, kind, labels.sigmas)
             for name in ("AP", "AP50", "AP75"):
                 self.log(f"{part}/{prefixes[kind]}{name}", whole[name], prog_bar=name == "AP")

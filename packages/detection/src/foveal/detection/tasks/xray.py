@@ -19,7 +19,7 @@ from foveal.core.errors import UserError
 from foveal.core.processes import of_every_process, once
 from foveal.detection.data.xray import XRayBatch, XRayData
 from foveal.detection.metrics import average_precision, encoded
-from foveal.detection.models.sdanet import SDANet, SDANetConfig, paste
+from foveal.detection.models.sdanet import Detected, SDANet, SDANetConfig, paste
 from foveal.detection.models.sdanet_loss import losses
 
 #: What the keys of those parts begin with whose shape depends on the number of classes.
@@ -132,6 +132,10 @@ class XRayTask(pl.LightningModule):
         self._measure(batch, dataloader_idx)
 
     test_step = validation_step
+
+    def predict_step(self, batch: XRayBatch, index: int, dataloader_idx: int = 0) -> list[Detected]:
+        """What is found in each picture, in the pixels that the network saw."""
+        return self.network.detect(batch.images, batch.sizes)
 
     def _figures(self, stage: str) -> None:
         figures: dict[str, list[float]] = {"AP": [], "mask_AP": []}
