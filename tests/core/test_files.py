@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from foveal.core.errors import UserError
 from foveal.core.files import atomic_write, collect_inputs, output_folder
@@ -12,6 +13,23 @@ from foveal.core.reports import BatchReport
 
 def test_a_users_error_is_one_line_however_it_was_written() -> None:
     assert str(UserError("expected this;\n   got that")) == "expected this; got that"
+
+
+class Unreadable(Dataset):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        try:
+            return int("x: y")
+        except ValueError as error:
+            raise UserError("expected a number; table.csv: row 3 has none; mend it") from error
+
+
+def test_a_users_error_in_a_worker_of_a_data_loader_is_the_same_line_without_the_workers_traceback() -> None:
+    with pytest.raises(UserError) as caught:
+        list(DataLoader(Unreadable(), num_workers=1))
+    assert str(caught.value) == "expected a number; table.csv: row 3 has none; mend it"
 
 
 def test_inputs_are_the_named_files_and_the_folders_matching_ones_sorted_and_once(tmp_path: Path) -> None:
