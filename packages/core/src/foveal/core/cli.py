@@ -4,7 +4,8 @@
     foveal audio fit --config configs/audio/tiger_small.yaml --ckpt_path last
 
 A run writes ``runs/<domain>/<experiment>/<time>/`` with config.yaml, metrics.csv, curves.png, checkpoints/ and wandb/; the experiment is the
-config file's name. ``--ckpt_path last`` goes on in the folder of the experiment's newest run.
+config file's name. ``--ckpt_path last`` goes on in the folder of the experiment's newest run. ``predict`` writes ``predictions/`` and config.yaml
+into a new folder there, ``test`` its tables and pictures.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from foveal.core import run_folder
 from foveal.core.curves import DrawCurves
 from foveal.core.errors import UserError
+from foveal.core.predictions import WritePredictions
 from foveal.core.progress import ProgressLines
 from foveal.core.resume_point import ResumePoint
 from foveal.core.tracking import MetricsFile, Wandb
@@ -239,13 +241,23 @@ class FovealCLI(LightningCLI):
             raise UserError(f"expected a checkpoint file, 'last' or 'best'; {wanted} does not exist; check --ckpt_path")
         if fitting and settings.ckpt_path:
             resumed = run_folder.run_of(settings.ckpt_path)
-        if fitting and not settings.trainer.get("fast_dev_run"):
+        if self.subcommand in ("fit", "predict") and not settings.trainer.get("fast_dev_run"):
             _refuse_unwritable(Path(settings.runs) / self.domain / experiment)
         told = run_folder.VARIABLE in os.environ
         folder = resumed if resumed and not told else run_folder.new_run_folder(settings.runs, self.domain, experiment)
         if not settings.trainer.get("fast_dev_run"):
             os.environ[run_folder.VARIABLE] = str(folder)
         self.run_folder = folder
+        if self.subcommand == "predict":
+            settings.return_predictions = bool(settings.return_predictions)  # they are written as they come: all together may be more than memory
+            settings.trainer.default_root_dir = settings.trainer.default_root_dir or str(folder)  # config.yaml goes there
+        elif not fitting:
+            self.save_config_callback = None  # it would replace a config.yaml of the working folder
+        if not fitting and not settings.ckpt_path:
+            print(
+                f"no --ckpt_path: this is the network as the config makes it, without what a run learned; see foveal {self.domain} fit",
+                file=sys.stderr,
+            )
         settings.resume_point.folder = settings.best.dirpath = str(folder / "checkpoints") if fitting else None
         self._place_logger(settings, folder, experiment)
         if resumed:
@@ -277,6 +289,8 @@ class FovealCLI(LightningCLI):
         if not quiet:
             kwargs["logger"] = [*listed, MetricsFile(self.run_folder)]
             callbacks.append(DrawCurves(self.run_folder))
+        if self.subcommand == "predict" and not chosen.get("fast_dev_run"):
+            callbacks.append(WritePredictions(self.run_folder / "predictions"))
         if chosen.get("enable_progress_bar") is not False:
             on_terminal = sys.stderr.isatty()
             kwargs["enable_progress_bar"] = on_terminal

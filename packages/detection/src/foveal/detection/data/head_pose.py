@@ -260,4 +260,4 @@ class HeadPoseData(pl.LightningDataModule):
     predict_dataloader = test_dataloader
 
     def _whole(self, part: str) -> DataLoader:
-        return DataLoader(HeadSet(self.pictures(part), self.image_size), 1, shuffle=False, collate_fn=collate, num_workers=self.workers)
+        return DataLoader(HeadSet(self.pictures(part), self.image_size), batch_size=1, shuffle=False, collate_fn=collate, num_workers=self.workers)

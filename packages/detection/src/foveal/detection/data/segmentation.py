@@ -177,4 +177,4 @@ class SegmentationData(pl.LightningDataModule):
     predict_dataloader = test_dataloader
 
     def _whole(self, part: str) -> DataLoader:
-        return DataLoader(SceneSet(scenes_of(self.source, self.kind, self.parts[part]), self.kind), 1, shuffle=False, num_workers=self.workers)
+        return DataLoader(SceneSet(scenes_of(self.source, self.kind, self.parts[part]), self.kind), batch_size=1, num_workers=self.workers)

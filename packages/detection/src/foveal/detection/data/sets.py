@@ -207,4 +207,4 @@ class DetectionData(pl.LightningDataModule):
 
     def _plain(self, part: str) -> DataLoader:
         chosen = LabelledSet(self.labels(part), self.task, self.image_size, None, self.batch_size, rectangular=True)
-        return DataLoader(chosen, self.batch_size, shuffle=False, collate_fn=YOLODataset.collate_fn, num_workers=self.workers)
+        return DataLoader(chosen, batch_size=self.batch_size, shuffle=False, collate_fn=YOLODataset.collate_fn, num_workers=self.workers)

@@ -310,7 +310,7 @@ class XRayData(pl.LightningDataModule):
 
     def _plain(self, part: str) -> list[DataLoader]:
         self.measured = self.scenes(part)
-        return [DataLoader(XRaySet(scenes, self.side, self.convention), 1, collate_fn=together) for scenes in self.measured.values()]
+        return [DataLoader(XRaySet(scenes, self.side, self.convention), batch_size=1, collate_fn=together) for scenes in self.measured.values()]
 
     def val_dataloader(self) -> list[DataLoader]:
         """In order, one picture at a time."""
