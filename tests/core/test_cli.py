@@ -114,6 +114,15 @@ def test_evaluating_leaves_the_working_folders_own_config_alone_and_says_where_n
     assert "no --ckpt_path: this is the network as the config makes it" in capsys.readouterr().err
 
 
+def test_float64_on_an_apple_gpu_is_one_line_that_says_what_to_pass(fit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64. Please use float32 instead.")
+
+    monkeypatch.setattr("toy_training.ToyTask.training_step", fail)
+    with pytest.raises(UserError, match=r"an Apple GPU has none; pass --trainer\.accelerator cpu"):
+        fit()
+
+
 MISTAKES = {
     "an unknown trainer key": (["--trainer.max_epoch", "3"], "max_epoch"),
     "an unknown key of the model": (["--model.init_args.rate", "3"], "rate"),

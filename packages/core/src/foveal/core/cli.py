@@ -104,6 +104,13 @@ def _misfit(error: Exception, checkpoint: str) -> UserError | None:
     return None
 
 
+def _without_float64(error: Exception) -> UserError | None:
+    """What torch says where float64 is to be put on an Apple GPU, which Lightning chooses by itself where there is one."""
+    if isinstance(error, TypeError) and "MPS" in str(error) and "float64" in str(error):
+        return UserError("expected a device that has float64, which this computes in; an Apple GPU has none; pass --trainer.accelerator cpu")
+    return None
+
+
 def _refuse_unwritable(parent: Path) -> None:
     """What a run writes goes below this folder; it is made."""
     try:
@@ -119,6 +126,8 @@ def _hush() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
     logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector").addFilter(lambda record: "weights_only" not in record.getMessage())
     warnings.filterwarnings("ignore", message=r".*Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message=r".*You have overridden `transfer_batch_to_device`")
+    warnings.filterwarnings("ignore", message=r".*Couldn't infer the batch indices")
     warnings.filterwarnings("ignore", message=r".*`isinstance\(treespec, LeafSpec\)` is deprecated")
 
 
@@ -311,7 +320,7 @@ class FovealCLI(LightningCLI):
         except (MisconfigurationException, UserError):
             raise
         except Exception as error:
-            refusal = _misfit(error, str(self.settings.get("ckpt_path")))
+            refusal = _without_float64(error) or _misfit(error, str(self.settings.get("ckpt_path")))
             if refusal is None:
                 raise
             raise refusal from error

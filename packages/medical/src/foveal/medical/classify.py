@@ -102,7 +102,7 @@ class FilmClassifier:
 
     @torch.no_grad()
     def _run(self, film: Film) -> Float[Tensor, " classes"]:
-        return self.network(self.preparation(film)[None].to(self.device))[0].double().softmax(0).cpu()
+        return self.network(self.preparation(film)[None].to(self.device))[0].cpu().double().softmax(0)  # not every GPU has float64
 
     def _named(self, probabilities: Tensor) -> dict[str, float]:
         return dict(zip(self.class_names, probabilities.tolist(), strict=True))
