@@ -160,7 +160,8 @@ class MemeTask(pl.LightningModule):
         shares, self._collected = of_every_process(self.trainer, self._collected), []
         parts = [part for share in shares for part in share]
         _, first = np.unique(torch.cat([place for place, _, _ in parts]).numpy(), return_index=True)
-        logits, labels = ({task: torch.cat([part[side][task] for part in parts]) for task in self.classes} for side in (1, 2))
+        logits = {task: torch.cat([said[task] for _, said, _ in parts]) for task in self.classes}
+        labels = {task: torch.cat([known[task] for _, _, known in parts]) for task in self.classes}
         return {task: value.float().numpy()[first] for task, value in logits.items()}, {task: value.numpy()[first] for task, value in labels.items()}
 
     def on_validation_epoch_end(self) -> None:
