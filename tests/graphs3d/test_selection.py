@@ -12,15 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from imblearn.pipeline import make_pipeline
 from imblearn.utils.estimator_checks import parametrize_with_checks
+from scipy.spatial.distance import cdist
 from sklearn.base import clone
 from sklearn.datasets import load_iris, make_blobs, make_classification
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 
 from foveal.graphs3d import GAIS
 from foveal.graphs3d.coverage import cover
 from foveal.graphs3d.data.partitions import VARIANTS, graph_of, hash_codes, hashed, stratified
 from foveal.graphs3d.data.tables import encode
 from foveal.graphs3d.models.gat import SelectionGAT, SelectionGATConfig
+from foveal.graphs3d.selection_report import stratified_sample
 
 QUICK = {"n_steps": 5, "random_state": 0}
 
@@ -88,10 +91,11 @@ def test_with_a_tolerance_the_smallest_sufficient_share_is_kept():
     sampler = GAIS(tolerance=0.01, **QUICK)
     _, kept = sampler.fit_resample(x, y)
     assert len(kept) <= 8  # two clouds far apart
-    hard, labels = make_classification(400, 6, n_informative=3, flip_y=0.0, class_sep=0.7, random_state=0)
-    sampler.fit_resample(hard, labels)
+    hard, labels = make_classification(400, 6, n_informative=3, flip_y=0.0, class_sep=1.2, random_state=0)
+    _, kept = sampler.fit_resample(hard, labels)
     shares, scores = zip(*sampler.tolerance_curve_, strict=True)
     assert shares[-1] == 1
+    assert len(kept) == round(400 * shares[-2])
     assert scores[-2] >= scores[-1] - 0.01
     assert all(score < scores[-1] - 0.01 for score in scores[:-2])
 
@@ -128,6 +132,32 @@ def test_a_classifier_learns_more_from_it_than_from_as_many_rows_by_chance():
         for rows in (np.random.default_rng(seed).permutation(1000)[:50] for seed in range(10))
     ]
     assert kept > np.mean(chance) + 0.02
+
+
+def test_mini_batches_do_not_all_keep_the_same_middle_of_a_class():
+    # Each part of 128 holds six rows of a class. Were each to keep the most central of its six, the corners of a class would be left to nobody.
+    random = np.random.default_rng(0)
+    y = np.repeat(np.arange(20), 100)
+    x = random.random((2000, 2)) + 1.5 * np.stack((y % 5, y // 5), 1)
+    sampler = GAIS(reduction=0.9, batch_size=128, **QUICK)
+    sampler.fit_resample(x, y)
+
+    def way_to_the_nearest_kept(kept: np.ndarray) -> float:
+        return float(np.mean([cdist(x[y == one], x[kept[y[kept] == one]]).min(1).mean() for one in range(20)]))
+
+    by_chance = [way_to_the_nearest_kept(stratified_sample(y, 200, np.random.default_rng(seed))) for seed in range(5)]
+    assert way_to_the_nearest_kept(sampler.sample_indices_) < 0.85 * np.mean(by_chance)
+
+
+def test_a_tolerance_is_measured_on_enough_rows_of_a_small_table(monkeypatch):
+    # A quarter of iris is 38 rows, each 2.6 points: one split would let chance decide.
+    x, y = load_iris(return_X_y=True)
+    measured = []
+    score = KNeighborsClassifier.predict
+    monkeypatch.setattr(KNeighborsClassifier, "predict", lambda self, rows: (measured.append(len(rows)), score(self, rows))[1])
+    sampler = GAIS(tolerance=0.02, **QUICK)
+    sampler.fit_resample(x, y)
+    assert sum(measured) / len(sampler.tolerance_curve_) >= 150
 
 
 def test_the_same_seed_keeps_the_same_rows_whatever_the_global_generators_do():
@@ -175,14 +205,14 @@ def test_attention_of_a_row_adds_up_to_one():
 @given(rows=st.integers(1, 14), count=st.integers(1, 14), seed=st.integers(0, 99))
 def test_lazy_admission_is_the_greedy_order(rows, count, seed):
     random = np.random.default_rng(seed)
-    similarity, demand, quality = random.random((rows, rows)), random.random(rows), random.random(rows)
-    order = cover(similarity, demand, quality, count)
+    similarity, demand = random.random((rows, rows)), random.random(rows)
+    order = cover(similarity, demand, count)
     assert sorted(order) == list(range(rows))
     covered = np.zeros(rows)
     for row in order[: min(rows, count)]:
-        gains = [demand @ np.maximum(similarity[:, other] * quality[other] - covered, 0) for other in range(rows)]
+        gains = [demand @ np.maximum(similarity[:, other] - covered, 0) for other in range(rows)]
         assert gains[row] >= max(gains) - 1e-9
-        covered = np.maximum(covered, similarity[:, row] * quality[row])
+        covered = np.maximum(covered, similarity[:, row])
 
 
 def test_mini_batches_have_every_class_in_its_proportion():

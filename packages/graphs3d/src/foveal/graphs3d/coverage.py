@@ -11,22 +11,19 @@ import numpy as np
 from jaxtyping import Float, Int
 
 
-def cover(
-    similarity: Float[np.ndarray, "rows rows"], demand: Float[np.ndarray, " rows"], quality: Float[np.ndarray, " rows"], count: int
-) -> Int[np.ndarray, " rows"]:
-    r"""The order in which rows are admitted to maximise :math:`\sum_i w_i \max_{j \in S} s_{ij} c_j`.
+def cover(similarity: Float[np.ndarray, "rows rows"], demand: Float[np.ndarray, " rows"], count: int) -> Int[np.ndarray, " rows"]:
+    r"""The order in which rows are admitted to maximise :math:`\sum_i w_i \max_{j \in S} s_{ij}`.
 
     Args:
         similarity: s, not negative.
         demand: w, how much a row wants to be covered.
-        quality: c, how well a row stands for others.
-        count: how many to admit so, as long as something is gained; the rest follow by quality.
+        count: how many to admit so, as long as something is gained; the rest follow, those that want it most first.
 
     Returns:
         All rows, first admitted first.
     """
-    benefit = np.ascontiguousarray((similarity * quality).T)  # one row of memory a candidate
-    covered = np.zeros(len(quality), dtype=benefit.dtype)
+    benefit = np.ascontiguousarray(similarity.T)  # one row of memory a candidate
+    covered = np.zeros(len(demand), dtype=benefit.dtype)
     heap = [(-gain, row) for row, gain in enumerate((benefit @ demand).tolist())]
     heapq.heapify(heap)
     admitted: list[int] = []
@@ -41,6 +38,6 @@ def cover(
         heapq.heappop(heap)
         admitted.append(row)
         np.maximum(covered, benefit[row], out=covered)
-    rest = np.setdiff1d(np.arange(len(quality)), admitted, assume_unique=False)
-    rest = rest[np.argsort(-quality[rest], kind="stable")]
+    rest = np.setdiff1d(np.arange(len(demand)), admitted, assume_unique=False)
+    rest = rest[np.argsort(-demand[rest], kind="stable")]
     return np.concatenate((np.asarray(admitted, dtype=np.int64), rest))

@@ -8,6 +8,7 @@ what the abstracts leave open is this package's own design: how labels are hidde
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -40,6 +41,8 @@ TRAINING_PARTS = 32
 FOLDS = 4
 #: Shares of the rows that a tolerance is tried at.
 LADDER = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
+#: Rows that a tolerance is measured on, or about: a small table is split anew until there are as many, at most so often.
+HELD_OUT, MOST_SPLITS = 400, 5
 
 
 class GAIS(BaseCleaningSampler):
@@ -58,9 +61,11 @@ class GAIS(BaseCleaningSampler):
         reduction: share of the rows to leave out, 0 to 1.
         n_samples: rows to keep.
         tolerance: points of accuracy (0.01 is one in a hundred) that may be lost on held-out rows; the smallest subset that keeps to it is taken.
+            Small tables are split several times to measure it.
         estimator: classifier that `tolerance` is measured with; None is three nearest neighbours on the encoded table.
         scoring: "attention" that rows of the same class pay to a row, "confidence" in its class without having been told it, or "both".
-        coverage: admit rows so that together they cover the others (facility location weighted by the scores); False takes the best scores.
+        coverage: admit rows so that together they cover the others of their class (facility location), the more the higher those score; False takes
+            the best scores.
         batch_size: rows in a part.
         n_neighbors: of a row in the graph.
         n_bits: of a hash.
@@ -83,7 +88,7 @@ class GAIS(BaseCleaningSampler):
         confidence_: the network's probability of each row's own class, its label hidden.
         attention_: that each row gets from rows of its class, over the most of its part.
         losses_: of training.
-        tolerance_curve_: with `tolerance`: (share kept, accuracy on held-out rows); the last is of all rows.
+        tolerance_curve_: with `tolerance`: (share kept, accuracy on held-out rows, mean of the splits); the last is of all rows.
     """
 
     _parameter_constraints: ClassVar[dict] = {
@@ -248,26 +253,31 @@ class GAIS(BaseCleaningSampler):
         """The smallest share on the ladder that keeps to the tolerance on rows that neither the ranking nor the classifier saw."""
         alone = np.isin(codes, np.flatnonzero(np.bincount(codes) < 2))
         several = np.flatnonzero(~alone)
-        learn, held = train_test_split(several, test_size=0.25, stratify=_splittable(codes[several]), random_state=int(random.integers(2**31)))
-        learn = np.sort(np.concatenate((learn, np.flatnonzero(alone))))
-        known, within = np.unique(codes[learn], return_inverse=True)
-        ranking = self._rank(x[learn], within, max(LADDER), random)[0]
+        splits = []
+        for _ in range(min(MOST_SPLITS, max(1, round(HELD_OUT / (0.25 * len(several)))))):
+            learn, held = train_test_split(several, test_size=0.25, stratify=_splittable(codes[several]), random_state=int(random.integers(2**31)))
+            learn = np.sort(np.concatenate((learn, np.flatnonzero(alone))))
+            within = np.unique(codes[learn], return_inverse=True)[1]
+            splits.append((learn, within, self._rank(x[learn], within, max(LADDER), random)[0], held))
 
-        def accuracy(rows: np.ndarray) -> float:
-            model = KNeighborsClassifier(min(3, len(rows))) if self.estimator is None else clone(self.estimator)
-            return float((model.fit(x[rows], codes[rows]).predict(x[held]) == codes[held]).mean())
+        def accuracy(share: float) -> float:
+            found = []
+            for learn, within, ranking, held in splits:
+                rows = learn[_first_of_each(ranking, within, share, np.ones(within.max() + 1, dtype=bool))] if share < 1 else learn
+                model = KNeighborsClassifier(min(3, len(rows))) if self.estimator is None else clone(self.estimator)
+                found.append((model.fit(x[rows], codes[rows]).predict(x[held]) == codes[held]).mean())
+            return float(np.mean(found))
 
-        full = accuracy(learn)
+        full = accuracy(1.0)
         self.tolerance_curve_: list[tuple[float, float]] = []
-        thinned = np.ones(len(known), dtype=bool)
         for share in LADDER:
-            rows = learn[_first_of_each(ranking, within, share, thinned)]
-            self.tolerance_curve_.append((share, accuracy(rows)))
+            self.tolerance_curve_.append((share, accuracy(share)))
             if self.tolerance_curve_[-1][1] >= full - float(self.tolerance or 0):
-                self.tolerance_curve_.append((1.0, full))
-                return share
+                break
+        else:
+            share = 1.0
         self.tolerance_curve_.append((1.0, full))
-        return 1.0
+        return share
 
     # --- which ---------------------------------------------------------------------------------------------------------------------------
 
@@ -284,15 +294,18 @@ class GAIS(BaseCleaningSampler):
         graphs = [self._graph(x, codes, *of_training[place]) for place in chosen]
         sizes = SelectionGATConfig(x.shape[1], int(codes.max()) + 1, self.hidden, self.n_heads, self.n_layers, self.dropout)
         task = train(graphs, sizes, steps=self.n_steps, learning_rate=self.learning_rate, seed=int(random.integers(2**31)), device=device)
-        places, confidence, attention = np.zeros(len(x)), np.zeros(len(x), np.float32), np.zeros(len(x), np.float32)
+        confidence, attention = np.zeros(len(x), np.float32), np.zeros(len(x), np.float32)
         for parts, finer in cuts:
             for part in parts:
-                graph = self._graph(x, codes, part, finer)
-                sure, heard = _score(task.network, graph.to(device), random)
+                sure, heard = _score(task.network, self._graph(x, codes, part, finer).to(device), random)
                 confidence[part] += sure / len(cuts)
                 attention[part] += heard / len(cuts)
-                places[part] += self._places(graph, codes[part], sure, heard, share) / len(cuts)
         importance = self._importance(confidence, attention)
+        places = np.zeros(len(x))
+        for parts, _ in cuts:
+            for rows in self._blocks(parts, codes, random):
+                order = self._order(x[rows], confidence[rows], importance[rows], share)
+                places[rows[order]] += (np.arange(len(rows)) + 0.5) / len(rows) / len(cuts)
         return np.lexsort((-importance, places)), importance, confidence, attention, task.losses
 
     def _graph(self, x: np.ndarray, codes: np.ndarray, part: np.ndarray, finer: list[np.ndarray]) -> Graph:
@@ -304,26 +317,31 @@ class GAIS(BaseCleaningSampler):
             return confidence
         return attention if self.scoring == "attention" else confidence * (9 + attention) / 10
 
-    def _places(self, graph: Graph, codes: np.ndarray, confidence: np.ndarray, attention: np.ndarray, share: float) -> np.ndarray:
-        """Place of each row in the order of its class in this part, 0 to 1."""
-        importance, places = self._importance(confidence, attention), np.zeros(len(codes))
-        for one in np.unique(codes):
-            members = np.flatnonzero(codes == one)
-            if self.coverage:
-                wanted = min(len(members), int(np.ceil(share * len(members))) + 1)
-                order = self._covering(graph.distances.numpy()[np.ix_(members, members)], confidence[members], importance[members], wanted)
-            else:
-                order = np.argsort(-importance[members], kind="stable")
-            places[members[order]] = (np.arange(len(members)) + 0.5) / len(members)
-        return places
+    def _blocks(self, parts: list[np.ndarray], codes: np.ndarray, random: np.random.Generator) -> Iterator[np.ndarray]:
+        """Rows of one class among which admission is decided.
 
-    def _covering(self, distances: np.ndarray, confidence: np.ndarray, importance: np.ndarray, wanted: int) -> np.ndarray:
+        A hash bucket is a region, and its own rows cover it. A mini-batch is everywhere: were each to admit its two or three rows of a class, all
+        would take them from the same middle. So rows of a class are dealt out anew, in blocks as large as a part.
+        """
+        if self.variant == "mini_batch":
+            for one in np.unique(codes):
+                members = random.permutation(np.flatnonzero(codes == one))
+                yield from np.array_split(members, max(1, round(len(members) / self.batch_size)))
+        else:
+            for part in parts:
+                yield from (part[codes[part] == one] for one in np.unique(codes[part]))
+
+    def _order(self, x: np.ndarray, confidence: np.ndarray, importance: np.ndarray, share: float) -> np.ndarray:
         """Order of admission of the rows of one class; rows that the network takes for another class come last."""
-        demand = confidence if self.scoring != "attention" else np.ones_like(confidence)
-        orders = []
+        if not self.coverage:
+            return np.argsort(-importance, kind="stable")
+        orders, wanted = [], min(len(x), int(np.ceil(share * len(x))) + 1)
         for rows in (np.flatnonzero(confidence >= 0.5), np.flatnonzero(confidence < 0.5)):
             if len(rows):
-                orders.append(rows[cover(_similarity(distances[np.ix_(rows, rows)]), demand[rows], importance[rows], wanted)])
+                points = torch.from_numpy(x[rows])
+                distances = torch.cdist(points, points, compute_mode="use_mm_for_euclid_dist").numpy()
+                # Importance says who is to be covered, not who covers: typical rows in the middle would else stand for all, however many are kept.
+                orders.append(rows[cover(_similarity(distances), importance[rows], wanted)])
                 wanted = max(0, wanted - len(rows))
         return np.concatenate(orders)
 

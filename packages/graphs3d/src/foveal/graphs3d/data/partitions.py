@@ -28,18 +28,16 @@ class Graph:
         labels: their classes.
         edges: neighbour j to row i.
         edge: of each edge: distance over the median one, and the share of hash levels that it was found on.
-        distances: between all rows.
     """
 
     x: Float[Tensor, "rows features"]
     labels: Int[Tensor, " rows"]
     edges: CSR
     edge: Float[Tensor, "edges 2"]
-    distances: Float[Tensor, "rows rows"]
 
     def to(self, device: torch.device | str) -> Graph:
         """The same graph on another device."""
-        return Graph(self.x.to(device), self.labels.to(device), self.edges.to(device), self.edge.to(device), self.distances.to(device))
+        return Graph(self.x.to(device), self.labels.to(device), self.edges.to(device), self.edge.to(device))
 
 
 def stratified(labels: Int[np.ndarray, " rows"], size: int, random: np.random.Generator) -> list[Int[np.ndarray, " part"]]:
@@ -111,7 +109,7 @@ def graph_of(x: Float[np.ndarray, "part features"], labels: Int[np.ndarray, " pa
     length = distances[target, source]
     scale = length.median() if len(length) else length.new_tensor(1.0)
     edge = torch.stack((length / scale.clamp(min=1e-12), votes[target, source] / len(found)), -1)
-    return Graph(points, classes, CSR.from_edge_index(torch.stack((source, target)), len(x)), edge, distances)
+    return Graph(points, classes, CSR.from_edge_index(torch.stack((source, target)), len(x)), edge)
 
 
 def _nearest(distances: Tensor, count: int) -> Tensor:
