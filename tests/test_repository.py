@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import importlib.util
@@ -71,6 +72,18 @@ PAGES = [name for name in TEXTS if name.endswith(".md") and "golden" not in name
 
 def _fenced(name: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", TEXTS[name], re.MULTILINE | re.DOTALL)
+
+
+def test_data_loaders_are_given_their_batch_size_by_name_since_lightnings_predict_gives_its_own_by_name() -> None:
+    calls = [
+        (name, call)
+        for name, text in TEXTS.items()
+        if name.startswith("packages/") and name.endswith(".py")
+        for call in ast.walk(ast.parse(text))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "DataLoader"
+    ]
+    assert len(calls) > 10
+    assert [f"{name}:{call.lineno}" for name, call in calls if len(call.args) > 1] == []
 
 
 def test_no_file_is_larger_than_five_megabytes() -> None:

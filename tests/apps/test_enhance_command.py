@@ -51,6 +51,15 @@ def test_files_and_folders_give_one_file_each_and_a_report(enhance, tmp_path):
     assert files[1]["numbers"]["seconds"] == pytest.approx(0.5)
 
 
+def test_results_in_the_folder_of_the_recordings_are_not_enhanced_again_and_hidden_files_are_no_recordings(enhance, tmp_path):
+    folder = talk(tmp_path / "Größe 1" / "ä b.wav").parent
+    (folder / "._ä b.wav").write_bytes(b"of another system")
+    assert [file["state"] for file in enhance(folder, output=folder)[1]] == ["done"]
+    assert [file["state"] for file in enhance(folder, output=folder)[1]] == ["kept"]
+    assert sorted(path.name for path in folder.iterdir()) == ["._ä b.wav", "ä b.wav", "ä b_enhanced.wav"]
+    assert [file["state"] for file in enhance(folder / "ä b_enhanced.wav", output=folder)[1]] == ["done"], "named alone it is a recording"
+
+
 def test_existing_outputs_are_kept_until_overwrite(enhance, tmp_path):
     source, kept = talk(tmp_path / "a.wav"), tmp_path / "out" / "a_enhanced.wav"
     enhance(source)

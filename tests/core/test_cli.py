@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 
 from foveal.core.cli import FovealCLI
 from foveal.core.errors import UserError
@@ -75,6 +77,50 @@ def test_validate_measures_the_best_checkpoint_of_the_newest_run(fit: Callable[.
     cli = FovealCLI("toys", ["validate", "--config", "toy.yaml", "--ckpt_path", "best"])
     assert float(cli.trainer.callback_metrics["val/loss"]) == pytest.approx(best, rel=1e-6)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name], "validating is no new run"
+
+
+def test_predict_writes_every_answer_with_what_it_is_the_answer_to(
+    fit: Callable[..., Path], workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = fit("--trainer.max_epochs", "1")
+    cli = FovealCLI("toys", ["predict", "--config", "toy.yaml", "--ckpt_path", "last", "--data.init_args.batch_size", "2"])
+    assert cli.run_folder is not None
+    assert cli.run_folder != trained.relative_to(workplace)
+    folder = cli.run_folder / "predictions"
+    assert capsys.readouterr().out.rstrip().endswith(f"predictions of 3 batches: {folder}")
+    assert yaml.safe_load((cli.run_folder / "config.yaml").read_text(encoding="utf-8"))["ckpt_path"] == str(
+        (trained / "checkpoints" / "last.ckpt").relative_to(workplace)
+    )
+    batches = list(cli.datamodule.predict_dataloader())
+    files = sorted(folder.iterdir())
+    assert [file.name for file in files] == ["batch_00000.safetensors", "batch_00001.safetensors", "batch_00002.safetensors"]
+    for number, (file, batch) in enumerate(zip(files, batches, strict=True)):
+        with safe_open(file, "pt") as stored, torch.inference_mode():
+            assert set(stored.keys()) == {"value", "more.0.array"}
+            assert torch.equal(stored.get_tensor("value"), cli.model.net.eval()(batch.inputs))
+            assert stored.get_tensor("more.0.array").tolist() == [0.0, 1.0, 2.0]
+            header = {name: json.loads(text) for name, text in stored.metadata().items()}
+        assert header == {
+            "items": list(range(5))[2 * number : 2 * number + 2], "names": batch.names, "values": {"more.0.kind": "sum", "more.0.sure": None}
+        }  # fmt: skip
+
+
+def test_evaluating_leaves_the_working_folders_own_config_alone_and_says_where_no_checkpoint_was_named(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = (workplace / "toy.yaml").rename(workplace / "config.yaml").read_text(encoding="utf-8")
+    FovealCLI("toys", ["validate", "--config", "config.yaml"])
+    assert (workplace / "config.yaml").read_text(encoding="utf-8") == own
+    assert "no --ckpt_path: this is the network as the config makes it" in capsys.readouterr().err
+
+
+def test_float64_on_an_apple_gpu_is_one_line_that_says_what_to_pass(fit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64. Please use float32 instead.")
+
+    monkeypatch.setattr("toy_training.ToyTask.training_step", fail)
+    with pytest.raises(UserError, match=r"an Apple GPU has none; pass --trainer\.accelerator cpu"):
+        fit()
 
 
 MISTAKES = {

@@ -4,14 +4,32 @@ import json
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write, collect_inputs, output_folder
+from foveal.core.files import all_or_none, atomic_write, collect_inputs, output_folder, output_names, without_results
 from foveal.core.reports import BatchReport
 
 
 def test_a_users_error_is_one_line_however_it_was_written() -> None:
     assert str(UserError("expected this;\n   got that")) == "expected this; got that"
+
+
+class Unreadable(Dataset):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        try:
+            return int("x: y")
+        except ValueError as error:
+            raise UserError("expected a number; table.csv: row 3 has none; mend it") from error
+
+
+def test_a_users_error_in_a_worker_of_a_data_loader_is_the_same_line_without_the_workers_traceback() -> None:
+    with pytest.raises(UserError) as caught:
+        list(DataLoader(Unreadable(), num_workers=1))
+    assert str(caught.value) == "expected a number; table.csv: row 3 has none; mend it"
 
 
 def test_inputs_are_the_named_files_and_the_folders_matching_ones_sorted_and_once(tmp_path: Path) -> None:
@@ -29,6 +47,17 @@ def test_results_of_an_earlier_run_below_the_named_folder_are_no_inputs(tmp_path
     assert collect_inputs([tmp_path], {".wav"}, apart_from=tmp_path / "results") == [tmp_path / "b.wav"]
     assert len(collect_inputs([tmp_path / "results"], {".wav"}, apart_from=tmp_path / "results")) == 2
     assert len(collect_inputs([tmp_path], {".wav"}, apart_from=tmp_path)) == 3
+
+
+def test_results_in_the_folder_of_the_inputs_are_no_inputs_and_hidden_files_are_none(tmp_path: Path) -> None:
+    for name in ("call 1.wav", "call 1_clean.wav", "other_clean.wav", "._call 1.wav", ".cache/x.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = collect_inputs([tmp_path], {".wav"}, apart_from=tmp_path)
+    kept = without_results(found, output_names, lambda name: [tmp_path / f"{name}_clean.wav"])
+    assert [path.name for path in kept] == ["call 1.wav", "other_clean.wav"]
+    assert without_results(found[1:2], output_names, lambda name: [tmp_path / f"{name}.wav"]) == found[1:2], "named alone, and its own result"
+    assert collect_inputs([tmp_path / "._call 1.wav"], {".wav"}) == [tmp_path / "._call 1.wav"], "named directly"
 
 
 def test_a_missing_input_an_empty_folder_and_no_input_are_the_users_to_mend(tmp_path: Path) -> None:
@@ -77,6 +106,25 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path: Pat
         temporary.write_text("new")
     assert target.read_text(encoding="utf-8") == "new"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_several_results_are_there_together_or_not_at_all(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with all_or_none(tmp_path) as place:
+            (place / "a.csv").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a.csv").write_text("old")
+    with all_or_none(tmp_path) as place:
+        (place / "a.csv").write_text("new")
+        (place / "b.csv").write_text("new")
+        assert (tmp_path / "a.csv").read_text() == "old"
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.csv": "new", "b.csv": "new"}
+    with pytest.raises(UserError, match="choose another output"), all_or_none(tmp_path / "gone"):
+        pass
 
 
 def test_a_write_into_a_missing_folder_is_the_users_to_mend(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
@@ -15,6 +15,16 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanMetric
 
 from foveal.core.resumable import ResumableDataLoader
+
+
+class Named(NamedTuple):
+    inputs: Tensor
+    names: list[str]
+
+
+class Answer(NamedTuple):
+    value: Tensor
+    more: list[dict[str, Any]]
 
 
 class NoisyPoints(Dataset):
@@ -48,6 +58,13 @@ class ToyData(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         return DataLoader(NoisyPoints(8, 0.0), 4)
 
+    def predict_dataloader(self) -> DataLoader:
+        return DataLoader(NoisyPoints(5, 0.0), batch_size=2, collate_fn=named)
+
+
+def named(points: list[tuple[Tensor, Tensor]]) -> Named:
+    return Named(torch.stack([inputs for inputs, _ in points]), [f"point {float(target):.3f}" for _, target in points])
+
 
 class ToyTask(pl.LightningModule):
     """Regression; `step_seconds` slows it down so that a test can kill it in the middle, `one_cycle` asks Lightning how many steps there will be."""
@@ -72,6 +89,9 @@ class ToyTask(pl.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.log("val/loss", nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+
+    def predict_step(self, batch: Named, batch_idx: int) -> Answer:
+        return Answer(self.net(batch.inputs), [{"array": np.arange(3.0), "kind": "sum", "sure": None}])
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)

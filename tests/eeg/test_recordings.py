@@ -162,7 +162,8 @@ def test_recordings_of_one_name_in_folders_of_one_name_do_not_overwrite_each_oth
 
 
 def test_a_folder_gives_every_recording_once_and_neither_tables_of_events_nor_earlier_results(tmp_path):
-    for name in ("a.vhdr", "a.eeg", "a.vmrk", "nihon.eeg", "b.edf", "b.csv", "b_events.csv", "muse.csv", "classes/b_annotations.edf"):
+    others = "a.vmrk b.csv b_events.csv b_windows.csv muse_motifs.csv classes/b_annotations.edf"
+    for name in ["a.vhdr", "a.eeg", "nihon.eeg", "b.edf", "muse.csv", *others.split()]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "egi.mff").mkdir()

@@ -16,6 +16,7 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
 from sklearn.metrics import precision_score, recall_score, roc_auc_score
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from foveal.apps.main import run
 from foveal.core.cli import FovealCLI
@@ -23,11 +24,12 @@ from foveal.core.errors import UserError
 from foveal.medical.classification_metrics import film_scores
 from foveal.medical.classify import FilmClassifier
 from foveal.medical.data.film_tables import FilmCase, find_films
-from foveal.medical.data.films import FilmAugmentation, FilmFolders, Films, split_by_patient
+from foveal.medical.data.films import FilmAugmentation, FilmFolders, Films, LabelledFilm, split_by_patient
 from foveal.medical.film_net import FilmNet, FilmNetConfig
 from foveal.medical.film_plots import film_attention_figure
 from foveal.medical.films import Film, FilmPreparation, collect_films, film_from_array, read_film
 from foveal.medical.models.medusa import Medusa, MedusaConfig
+from foveal.medical.tasks.classification import FilmTask
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "medical").glob("medusa_*.yaml"))
 ATTENTION = MedusaConfig(width=4, halvings=2, map_width=3, size=16)
@@ -289,6 +291,23 @@ def test_scores_are_those_of_scikit_learn(seed):
         assert found[f"ppv_{name}"] == pytest.approx(precisions[number], nan_ok=True)
         assert found[f"auroc_{name}"] == pytest.approx(roc_auc_score(labels == number, shares[:, number]), abs=1e-6)
     assert found["accuracy"] == pytest.approx((labels == taken).mean())
+
+
+def test_sure_films_are_told_apart_and_no_float64_is_asked_of_the_device():
+    class Refusing(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            out = function(*arguments, **(keywords or {}))
+            assert not (isinstance(out, torch.Tensor) and out.dtype == torch.float64), function
+            return out
+
+    task = FilmTask(torch.nn.Identity())
+    logits = torch.tensor([[0.0, 40.0], [0.0, 30.0], [0.0, 20.0], [0.0, -1.0]]).flip(1)  # of the first class: 1.0 in float32 but for the last
+    with Refusing():
+        task.validation_step(LabelledFilm(logits, torch.tensor([0, 0, 1, 1]), torch.arange(4)), 0)
+    seen, labels, index = task._all_seen()
+    assert index.tolist() == [0, 1, 2, 3]
+    assert film_scores(seen.softmax(1), labels, ["a", "b"])["auroc_a"] == 1.0
+    assert film_scores(seen.float().softmax(1), labels, ["a", "b"])["auroc_a"] < 1.0, "the case that this is about"
 
 
 def test_a_class_without_films_is_unknown_and_counts_in_no_mean():

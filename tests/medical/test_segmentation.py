@@ -311,6 +311,23 @@ def test_results_inside_the_named_folder_are_no_scans(segmenter, scan, tmp_path,
         assert [entry["state"] for entry in json.loads(capsys.readouterr().out)["files"]] == [state]
 
 
+def test_results_beside_the_scans_are_no_scans_and_labels_that_lie_there_are_not_replaced(segmenter, scan, tmp_path, capsys):
+    folder = tmp_path / "Köpfe 1"
+    folder.mkdir()
+    beside = folder / scan.name
+    beside.write_bytes(scan.read_bytes())
+    command = ["medical", "segment", str(folder), "-o", str(folder), "--device", "cpu", "--json", "--checkpoint", saved(segmenter, tmp_path)]
+    assert run([*command, "--probabilities"]) == 0
+    there = {path: path.read_bytes() for path in folder.iterdir()}
+    assert len(there) >= 4
+    capsys.readouterr()
+    assert run(command) == 0
+    assert [(file["source"], file["state"]) for file in json.loads(capsys.readouterr().out)["files"]] == [(str(beside), "kept")]
+    assert run([*command, "--overwrite"]) == 2
+    assert "would be replaced" in json.loads(capsys.readouterr().out)["files"][0]["message"]
+    assert {path: path.read_bytes() for path in folder.iterdir()} == there
+
+
 def test_a_run_that_names_no_classes_is_exported(tmp_path):
     settings = {"data": {"init_args": {"classes": 3, "class_names": None, "preparation": None}}, "model": {"init_args": {}}}
     assert _about("msa_guided", TrainedRun(tmp_path, settings, {}))["classes"] == "class 1|class 2"

@@ -51,6 +51,22 @@ def small(files: dict[str, Path], runs: Path, verb: str = "fit", *more: str) -> 
     return [*options, "--data.init_args.cache", str(runs / "cache.sqlite"), *more]
 
 
+def test_memes_of_all_processes_are_measured_once_and_in_their_order(monkeypatch) -> None:
+    task = MemeTask(TCRNetConfig({"text": 4, "reason": 4}, {"a": 2}, width=8, heads=2, hidden=4), {"a": ["n", "y"]})
+    logits, labels = torch.randn(5, 2), torch.tensor([0, 1, 0, 1, 1])
+    shares = []
+    for places in ([0, 2, 4], [1, 3, 0]):  # the last share is filled up with the first meme again
+        pick = torch.tensor(places)
+        task._collect(Batch({}, {}, {"a": labels[pick]}, pick), {"a": logits[pick]})
+        shares.append(task._collected)
+        task._collected = []
+    task._trainer = type("Trainer", (), {"world_size": 2})()
+    monkeypatch.setattr("torch.distributed.all_gather_object", lambda filled, own: filled.__setitem__(slice(None), shares))
+    found, known = task._gathered()
+    assert np.array_equal(found["a"], logits.numpy())
+    assert known["a"].tolist() == labels.tolist()
+
+
 def test_a_run_learns_reports_and_becomes_weights_that_score_the_same(harmeme, tmp_path, capsys) -> None:
     cli = FovealCLI("memes", small(harmeme, tmp_path, "fit", "--trainer.max_epochs", "12", "--data.init_args.batch_size", "8"))
     assert float(cli.trainer.callback_metrics["val/harmful/auroc"]) > 0.8  # gardens and drums are told apart

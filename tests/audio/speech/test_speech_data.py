@@ -170,6 +170,19 @@ def test_recordings_with_texts_beside_them_are_read(clips: list[np.ndarray], tmp
         read_pairs(tmp_path, 16_000)
 
 
+def test_recordings_of_one_name_in_two_folders_are_two_clips_of_two_names(clips: list[np.ndarray], tmp_path: Path):
+    for folder in ("Gespräch 1", "second"):
+        (tmp_path / folder).mkdir()
+        soundfile.write(tmp_path / folder / "a.wav", clips[0], 16_000)
+        (tmp_path / folder / "a.txt").write_text(f"Said in {folder}.", encoding="utf-8")
+    soundfile.write(tmp_path / "b.wav", clips[0], 16_000)
+    (tmp_path / "b.txt").write_text("Alone.")
+    texts = {clip.name: clip.text for clip in read_pairs(tmp_path, 16_000)}
+    assert texts == {"Gespräch 1_a_wav": "Said in Gespräch 1.", "second_a_wav": "Said in second.", "b": "Alone."}
+    (tmp_path / "metadata.csv").write_text("Gespräch 1/a.wav|One.\nsecond/a.wav|Two.\n", encoding="utf-8")
+    assert [clip.name for clip in read_metadata(tmp_path, 16_000)] == ["Gespräch 1/a.wav", "second/a.wav"]
+
+
 def test_a_recording_of_silence_is_named_and_a_table_saved_with_a_byte_order_mark_is_read(folder: Path, tmp_path: Path):
     content = (folder / "metadata.csv").read_bytes()
     (folder / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + content)

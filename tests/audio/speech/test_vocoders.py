@@ -86,12 +86,33 @@ def test_a_published_file_is_converted_with_the_config_beside_it_and_vocodes(sma
         expected = small(mel[None])[0]
     direct = load_vocoder("hifigan", MelConfig(sample_rate=22_050), tmp_path / "generator_v3")
     assert torch.allclose(direct(mel), expected, atol=1e-5)
-    with pytest.raises(UserError, match="22050 Hz"):
-        load_vocoder("hifigan", MelConfig(), tmp_path / "generator_v3")
     convert_file("hifigan", tmp_path / "generator_v3", tmp_path / "ours.safetensors")
-    assert torch.allclose(load_vocoder("hifigan", MelConfig(), tmp_path / "ours.safetensors")(mel), expected, atol=1e-5)
+    assert torch.allclose(load_vocoder("hifigan", MelConfig(sample_rate=22_050), tmp_path / "ours.safetensors")(mel), expected, atol=1e-5)
     with pytest.raises(UserError, match="hop 200"):
-        load_vocoder("hifigan", MelConfig(hop=200), tmp_path / "ours.safetensors")
+        load_vocoder("hifigan", MelConfig(sample_rate=22_050, hop=200), tmp_path / "ours.safetensors")
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_the_published_spectrogram_is_held_against_the_voices_before_and_after_conversion(small: HiFiGAN, tmp_path: Path, converted: bool):
+    source = path = tmp_path / "generator_v3"
+    (tmp_path / "config.json").write_text(json.dumps({**SMALL, "sampling_rate": 22_050, "fmin": 0, "fmax": 8000, "fmax_for_loss": None}))
+    torch.save({"generator": _published(small)}, source)
+    if converted:
+        path = tmp_path / "elsewhere" / "ours.safetensors"
+        path.parent.mkdir()
+        convert_file("hifigan", source, path)
+    load_vocoder("hifigan", MelConfig(sample_rate=22_050), path)
+    with pytest.raises(UserError, match=r"16000 Hz.* is published for sample_rate 22050; choose"):
+        load_vocoder("hifigan", MelConfig(), path)
+    with pytest.raises(UserError, match="is published for high 8000; choose"):
+        load_vocoder("hifigan", MelConfig(sample_rate=22_050, high=11_025), path)
+
+
+def test_a_rate_that_is_named_on_conversion_is_kept_where_no_config_lies_beside_the_weights(small: HiFiGAN, tmp_path: Path):
+    torch.save({"generator": _published(small)}, tmp_path / "generator_v3")
+    convert_file("hifigan", tmp_path / "generator_v3", tmp_path / "ours.safetensors", sampling_rate=24_000, **SMALL)
+    with pytest.raises(UserError, match="is published for sample_rate 24000; choose"):
+        load_vocoder("hifigan", MelConfig(), tmp_path / "ours.safetensors")
 
 
 def test_a_folder_with_weights_and_config_is_read_as_the_file_in_it(small: HiFiGAN, tmp_path: Path):
@@ -100,6 +121,19 @@ def test_a_folder_with_weights_and_config_is_read_as_the_file_in_it(small: HiFiG
     loaded, mel = load_official("hifigan", tmp_path), torch.randn(1, 80, 5)
     with torch.no_grad():
         assert torch.allclose(loaded(mel), small(mel), atol=1e-5)
+
+
+def test_of_several_weights_in_a_folder_the_one_of_the_hubs_name_is_read_and_otherwise_all_are_named(small: HiFiGAN, tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    wanted = _published(small)
+    torch.save({"generator": {key: 2 * value for key, value in wanted.items()}}, tmp_path / "a_step_10.pth")
+    torch.save({"generator": wanted}, tmp_path / "b_step_20.pth")
+    with pytest.raises(UserError, match=r"found a_step_10\.pth, b_step_20\.pth; name the file"):
+        load_official("hifigan", tmp_path)
+    torch.save({"generator": wanted}, tmp_path / "pytorch_model.bin")
+    mel = torch.randn(1, 80, 5)
+    with torch.no_grad():
+        assert torch.allclose(load_official("hifigan", tmp_path)(mel), small(mel), atol=1e-5)
 
 
 def test_a_mel_spectrogram_in_decimal_logarithm_is_brought_to_the_vocoders(small: HiFiGAN, tmp_path: Path):

@@ -20,6 +20,7 @@ from foveal.audio.losses import pairwise_si_sdr, pairwise_snr, pit
 from foveal.audio.models.tiger import TIGER, TIGERConfig
 from foveal.audio.tasks.mixture_report import MixtureReport
 from foveal.audio.tasks.separation import SeparationTask
+from foveal.audio.tasks.synthesis_report import SynthesisReport
 from foveal.core.checkpoint import save_weights
 from foveal.core.errors import UserError
 
@@ -150,6 +151,15 @@ def test_testing_tells_every_mixture_and_the_mean_of_each_group(data: LibriSpeec
     assert trainer.callback_metrics["test/si_sdri"] == pytest.approx(mean, abs=1e-3)
     assert set(summary) - {"all"} == {row["group"] for row in mixtures}
     assert "standard error" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("report", [MixtureReport(), SynthesisReport()])
+def test_the_table_of_a_test_holds_what_all_processes_measured_each_once(report, monkeypatch: pytest.MonkeyPatch):
+    report.rows = [("a", "", {"snr": 1.0}), ("c", "", {"snr": 2.0})]
+    other = [("b", "", {"snr": 3.0}), ("a", "", {"snr": 1.0})]  # the last share is filled up with the first mixture again
+    monkeypatch.setattr("torch.distributed.all_gather_object", lambda filled, own: filled.__setitem__(slice(None), [own, other]))
+    report.gather(type("Trainer", (), {"world_size": 2}))
+    assert [row[0] for row in report.rows] == ["a", "c", "b"]
 
 
 def test_standard_error_is_that_of_the_mean():

@@ -35,7 +35,7 @@ def add_training(app: typer.Typer, domain: str, example: str) -> None:
         "fit": f"Train: --config {example}; --ckpt_path last resumes; --help for all.",
         "validate": "Measure a checkpoint on the validation data: --config FILE --ckpt_path FILE.",
         "test": "Measure a checkpoint on the test data: --config FILE --ckpt_path FILE.",
-        "predict": "Run a checkpoint over a config's data: --config FILE --ckpt_path FILE.",
+        "predict": "Run a checkpoint over a config's data and keep the answers (runs/.../predictions): --config FILE --ckpt_path FILE.",
     }
     for verb, purpose in purposes.items():
         _add_lightning_verb(app, domain, verb, purpose)

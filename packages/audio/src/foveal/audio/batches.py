@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from foveal.audio.audio_files import SUFFIXES, open_recording
 from foveal.audio.recordings import RecordingProcessor
 from foveal.core.errors import UserError
-from foveal.core.files import collect_inputs, output_folder, output_names
+from foveal.core.files import collect_inputs, output_folder, output_names, without_results
 from foveal.core.reports import BatchReport, Entry
 
 #: Makes a practitioner's `--demo`: what applies the network, the output folder, whether to overwrite, and what to note.
@@ -102,10 +102,14 @@ def _process_files(
             report.entries.remove(missing)
     sources = {path.resolve() for path in inputs}
 
+    def targets_of(name: str) -> list[Path]:
+        return [folder / f"{name}_{ending}.wav" for ending in endings]
+
+    inputs = without_results(inputs, output_names, targets_of)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bars:
         for path, name in zip(inputs, output_names(inputs), strict=True):
-            targets = [folder / f"{name}_{ending}.wav" for ending in endings]
+            targets = targets_of(name)
             present = [str(target) for target in targets if target.exists()]
             if present and not overwrite:
                 report.kept(path, present)

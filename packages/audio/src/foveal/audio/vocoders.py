@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveal.audio.checkpoints import load_official, model_from_weights
-from foveal.audio.checkpoints.hifigan import published_config
+from foveal.audio.checkpoints.hifigan import published_config, published_spectrogram
 from foveal.audio.models.hifigan import HiFiGAN
 from foveal.audio.models.mel import MelConfig, griffin_lim
 from foveal.audio.models.vocos import Vocos
@@ -63,21 +64,21 @@ def load_vocoder(name: str, mel: MelConfig, checkpoint: str | Path | None = None
 
 def _network(name: str, path: Path, mel: MelConfig) -> Vocos | HiFiGAN:
     path = resolve(path)
-    rate = None
     if path.suffix == ".safetensors":
         network = model_from_weights(path, name)
-        stored = load_weights(path, name).metadata.get("mel")
+        header = load_weights(path, name).metadata
+        stored, known = header.get("mel"), json.loads(header.get("spectrogram", "{}"))
         if stored is not None and stored != mel_header(mel):
             raise UserError(f"expected a vocoder of the voice's mel spectrogram {mel_header(mel)}; {path} reads {stored}; choose another")
     else:
         network = load_official(name, path)
-        rate = published_config(path).get("sampling_rate") if name == "hifigan" else None
+        known = published_spectrogram(published_config(path)) if name == "hifigan" else {}
     assert isinstance(network, (Vocos, HiFiGAN))
     found, wanted = (network.config.mels, network.config.hop), (mel.mels, mel.hop)
     if found != wanted:
         raise UserError(f"expected a vocoder of {wanted[0]} mel bands and hop {wanted[1]}, as the voice has; {path} has {found[0]} and {found[1]}")
-    if rate is not None and rate != mel.sample_rate:
-        raise UserError(f"expected a vocoder at the voice's {mel.sample_rate} Hz; the config.json beside {path} says {rate} Hz; choose another")
+    if other := ", ".join(f"{field} {value:g}" for field, value in known.items() if value != getattr(mel, field)):
+        raise UserError(f"expected a vocoder of the voice's mel spectrogram ({mel_header(mel)}); {path} is published for {other}; choose another")
     return network
 
 

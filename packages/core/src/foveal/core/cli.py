@@ -4,7 +4,8 @@
     foveal audio fit --config configs/audio/tiger_small.yaml --ckpt_path last
 
 A run writes ``runs/<domain>/<experiment>/<time>/`` with config.yaml, metrics.csv, curves.png, checkpoints/ and wandb/; the experiment is the
-config file's name. ``--ckpt_path last`` goes on in the folder of the experiment's newest run.
+config file's name. ``--ckpt_path last`` goes on in the folder of the experiment's newest run. ``predict`` writes ``predictions/`` and config.yaml
+into a new folder there, ``test`` its tables and pictures.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from foveal.core import run_folder
 from foveal.core.curves import DrawCurves
 from foveal.core.errors import UserError
+from foveal.core.predictions import WritePredictions
 from foveal.core.progress import ProgressLines
 from foveal.core.resume_point import ResumePoint
 from foveal.core.tracking import MetricsFile, Wandb
@@ -102,6 +104,13 @@ def _misfit(error: Exception, checkpoint: str) -> UserError | None:
     return None
 
 
+def _without_float64(error: Exception) -> UserError | None:
+    """What torch says where float64 is to be put on an Apple GPU, which Lightning chooses by itself where there is one."""
+    if isinstance(error, TypeError) and "MPS" in str(error) and "float64" in str(error):
+        return UserError("expected a device that has float64, which this computes in; an Apple GPU has none; pass --trainer.accelerator cpu")
+    return None
+
+
 def _refuse_unwritable(parent: Path) -> None:
     """What a run writes goes below this folder; it is made."""
     try:
@@ -117,6 +126,8 @@ def _hush() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
     logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector").addFilter(lambda record: "weights_only" not in record.getMessage())
     warnings.filterwarnings("ignore", message=r".*Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message=r".*You have overridden `transfer_batch_to_device`")
+    warnings.filterwarnings("ignore", message=r".*Couldn't infer the batch indices")
     warnings.filterwarnings("ignore", message=r".*`isinstance\(treespec, LeafSpec\)` is deprecated")
 
 
@@ -239,13 +250,23 @@ class FovealCLI(LightningCLI):
             raise UserError(f"expected a checkpoint file, 'last' or 'best'; {wanted} does not exist; check --ckpt_path")
         if fitting and settings.ckpt_path:
             resumed = run_folder.run_of(settings.ckpt_path)
-        if fitting and not settings.trainer.get("fast_dev_run"):
+        if self.subcommand in ("fit", "predict") and not settings.trainer.get("fast_dev_run"):
             _refuse_unwritable(Path(settings.runs) / self.domain / experiment)
         told = run_folder.VARIABLE in os.environ
         folder = resumed if resumed and not told else run_folder.new_run_folder(settings.runs, self.domain, experiment)
         if not settings.trainer.get("fast_dev_run"):
             os.environ[run_folder.VARIABLE] = str(folder)
         self.run_folder = folder
+        if self.subcommand == "predict":
+            settings.return_predictions = bool(settings.return_predictions)  # they are written as they come: all together may be more than memory
+            settings.trainer.default_root_dir = settings.trainer.default_root_dir or str(folder)  # config.yaml goes there
+        elif not fitting:
+            self.save_config_callback = None  # it would replace a config.yaml of the working folder
+        if not fitting and not settings.ckpt_path:
+            print(
+                f"no --ckpt_path: this is the network as the config makes it, without what a run learned; see foveal {self.domain} fit",
+                file=sys.stderr,
+            )
         settings.resume_point.folder = settings.best.dirpath = str(folder / "checkpoints") if fitting else None
         self._place_logger(settings, folder, experiment)
         if resumed:
@@ -277,6 +298,8 @@ class FovealCLI(LightningCLI):
         if not quiet:
             kwargs["logger"] = [*listed, MetricsFile(self.run_folder)]
             callbacks.append(DrawCurves(self.run_folder))
+        if self.subcommand == "predict" and not chosen.get("fast_dev_run"):
+            callbacks.append(WritePredictions(self.run_folder / "predictions"))
         if chosen.get("enable_progress_bar") is not False:
             on_terminal = sys.stderr.isatty()
             kwargs["enable_progress_bar"] = on_terminal
@@ -297,7 +320,7 @@ class FovealCLI(LightningCLI):
         except (MisconfigurationException, UserError):
             raise
         except Exception as error:
-            refusal = _misfit(error, str(self.settings.get("ckpt_path")))
+            refusal = _without_float64(error) or _misfit(error, str(self.settings.get("ckpt_path")))
             if refusal is None:
                 raise
             raise refusal from error

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
+#: How torch raises again, in this process, what a worker of a data loader has raised: with the worker's whole traceback for a message.
+_OF_A_WORKER = re.compile(r"Caught \w+ in .+?\.\nOriginal Traceback .*\n[\w.]*\w+: (.+)\Z", re.DOTALL)
+
 
 class UserError(Exception):
     """Something the user can mend: the message says in one line what was expected, what came, and what to do.
@@ -10,4 +15,5 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        wrapped = _OF_A_WORKER.match(message.rstrip())
+        super().__init__(" ".join((wrapped[1] if wrapped else message).split()))

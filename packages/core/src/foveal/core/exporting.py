@@ -104,6 +104,8 @@ def export_command(
 ) -> int:
     """The command line of an `export` function: checkpoint, target, ``--card FILE``, and what `options` adds, each passed on by its name.
 
+    What it would write, weights and card, is not replaced without ``--overwrite``.
+
     Returns:
         The exit code: 2 for what the user can mend, said in one line.
     """
@@ -111,12 +113,18 @@ def export_command(
     parser.add_argument("checkpoint", type=Path, help="last.ckpt or best.ckpt in a run's folder")
     parser.add_argument("target", type=Path, help="file to write, ending in .safetensors")
     parser.add_argument("--card", type=Path, help="Markdown file to put beside it")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     options(parser)
     asked = vars(parser.parse_args(arguments))
     try:
-        card = asked.pop("card")
+        card, overwrite, target = asked.pop("card"), asked.pop("overwrite"), asked["target"]
         if card is not None and not card.is_file():
             raise UserError(f"expected a Markdown file for --card; {card} is none")
+        beside = target.with_suffix(".md")
+        written = [target] if card is None or card.resolve() == beside.resolve() else [target, beside]
+        existing = next((file for file in written if file.exists()), None)
+        if existing is not None and not overwrite:
+            raise UserError(f"{existing} already exists; pass --overwrite to replace it, or choose another file")
         print(export(**asked, card=None if card is None else card.read_text(encoding="utf-8")))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

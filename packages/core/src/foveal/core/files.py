@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from foveal.core.errors import UserError
 def collect_inputs(paths: Iterable[str | Path], suffixes: Iterable[str], apart_from: str | Path | None = None) -> list[Path]:
     """Files that the user named, and those with one of `suffixes` in the folders that the user named (subfolders too), sorted, each once.
 
-    A file named directly is taken whatever its suffix: its content decides.
+    A file named directly is taken whatever its suffix: its content decides. Hidden files of a folder (``.name``) are not: programs leave them.
 
     Args:
         paths: files and folders.
@@ -29,7 +29,8 @@ def collect_inputs(paths: Iterable[str | Path], suffixes: Iterable[str], apart_f
     found: set[Path] = set()
     for path in map(Path, paths):
         if path.is_dir():
-            inside = set(outside((file for file in path.rglob("*") if file.suffix.lower() in wanted and file.is_file()), path, apart_from))
+            fitting = (file for file in path.rglob("*") if file.suffix.lower() in wanted and file.is_file() and not _is_hidden(file, path))
+            inside = set(outside(fitting, path, apart_from))
             if not inside:
                 raise UserError(
                     f"expected files ending in {', '.join(sorted(wanted))} in folder {path}; found none; name another folder or the files"
@@ -44,12 +45,30 @@ def collect_inputs(paths: Iterable[str | Path], suffixes: Iterable[str], apart_f
     return sorted(found)
 
 
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
 def outside(files: Iterable[Path], named: Path, folder: str | Path | None) -> list[Path]:
     """Of the files in a folder that was named those that do not lie in `folder`, where this is a folder inside it."""
     results = None if folder is None else Path(folder).resolve()
     if results is None or named.resolve() not in results.parents:
         return list(files)
     return [file for file in files if results not in file.resolve().parents]
+
+
+def without_results(
+    inputs: Sequence[Path], names_of: Callable[[Sequence[Path]], list[str]], targets_of: Callable[[str], Iterable[Path]]
+) -> list[Path]:
+    """`inputs` without those that are results of others among them, as an earlier call left them where ``-o`` is the folder of the inputs itself.
+
+    Args:
+        inputs: of a call.
+        names_of: their results' names, as `output_names` gives them.
+        targets_of: of such a name the files that may be written.
+    """
+    made = {target.resolve(): path for path, name in zip(inputs, names_of(inputs), strict=True) for target in targets_of(name)}
+    return [path for path in inputs if made.get(path.resolve(), path) == path]
 
 
 def refuse_replacing(sources: Iterable[Path], outputs: Iterable[Path]) -> None:
@@ -111,6 +130,26 @@ def output_folder(path: str | Path, overwrite: bool = False, names: Iterable[str
             if (folder / name).exists():
                 raise UserError(f"{folder / name} already exists; pass --overwrite to replace it, or choose another -o/--output")
     return folder
+
+
+@contextmanager
+def all_or_none(folder: str | Path) -> Iterator[Path]:
+    """Give a folder to write several results into, which are moved to `folder` together when the block ends well; otherwise nothing is left.
+
+    An interrupted run has no half set of results then, which a later one would take for a whole.
+
+    Raises:
+        UserError: `folder` cannot be written.
+    """
+    target = Path(folder)
+    try:
+        made = tempfile.TemporaryDirectory(prefix=".results-", dir=target)
+    except OSError as error:
+        raise UserError(f"expected to be able to write into {target}; {error.strerror}; choose another output") from None
+    with made as place:
+        yield Path(place)
+        for file in sorted(Path(place).iterdir()):
+            os.replace(file, target / file.name)
 
 
 @contextmanager

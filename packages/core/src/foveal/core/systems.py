@@ -192,8 +192,13 @@ class PublishedSystems:
             return conversion
         model, conversion = self.load_official(system, source, keywords)
         config: Any = model.config
-        save_weights(target, model.state_dict(), system=system, config=asdict(config))
+        about = self.header(system, source, keywords or {})
+        save_weights(target, model.state_dict(), system=system, config=asdict(config), metadata=about)
         return conversion
+
+    def header(self, system: str, source: str | Path, keywords: Mapping[str, Any]) -> dict[str, str]:
+        """What the header of a converted file says besides system and config; a domain may know more of what was converted."""
+        return {}
 
     def _adapter(self, system: str) -> Adapter:
         if system not in self._adapters:
@@ -201,18 +206,28 @@ class PublishedSystems:
         return self._adapters[system]
 
 
+#: Names that hubs give a folder's weights, the one to read first where there are several forms of them.
+_HUB_NAMES = ("model.safetensors", "pytorch_model.bin")
+
+
 def hub_folder(place: str | Path) -> tuple[Path, dict[str, Any]]:
     """Weights and keywords of a folder as a hub publishes it: config.json beside the weights.
 
+    Of several files of weights the one of the hub's own name is meant.
+
     Raises:
-        UserError: no weights in it, or a config.json that is none.
+        UserError: no weights in it, several of other names, or a config.json that is none.
     """
     folder = Path(place)
     settings = folder / "config.json"
-    found = sorted(file for suffix in ("safetensors", "bin", "pth", "pt") for file in folder.glob(f"*.{suffix}"))
+    found = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pth", ".pt") and not file.name.startswith("."))
     if not found:
         raise UserError(f"expected the authors' weights (.safetensors, .bin, .pth or .pt) in folder {folder}; found none; name the file")
+    weights = found[0] if len(found) == 1 else next((folder / name for name in _HUB_NAMES if folder / name in found), None)
+    if weights is None:
+        listed = ", ".join(file.name for file in found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
+        raise UserError(f"expected one file of weights in folder {folder}, or one named {' or '.join(_HUB_NAMES)}; found {listed}; name the file")
     try:
-        return found[0], json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+        return weights, json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
     except json.JSONDecodeError as error:
         raise UserError(f"expected JSON in {settings}: {error}; download it again") from None

@@ -168,17 +168,16 @@ def classify_command(
     report = BatchReport()
     suffixes = ("_windows.csv", "_events.tsv", "_annotations.edf", "_classes.png")
 
-    def work(path: Path, stem: str, entry: Entry, progress: Callable[[float, float], None]) -> None:
+    def work(path: Path, stem: Path, entry: Entry, progress: Callable[[float, float], None]) -> None:
         raw, began = open_recording(path), time.perf_counter()
         table = classifier(raw, preparation, progress)
         runs = event_files.merge_runs(table[table["trial_type"] != "n/a"][["onset", "duration", "trial_type", "probability"]])
         seconds = table.attrs["seconds"]
-        event_files.write_events(folder / f"{stem}_windows.csv", table, seconds)
-        event_files.write_events(folder / f"{stem}_events.tsv", runs, seconds)
-        event_files.write_events(folder / f"{stem}_annotations.edf", runs, seconds)
-        with atomic_write(folder / f"{stem}_classes.png") as temporary:
+        event_files.write_events(f"{stem}_windows.csv", table, seconds)
+        event_files.write_events(f"{stem}_events.tsv", runs, seconds)
+        event_files.write_events(f"{stem}_annotations.edf", runs, seconds)
+        with atomic_write(f"{stem}_classes.png") as temporary:
             draw_classes(table, classifier.classes, path.name).savefig(temporary, dpi=130)
-        entry.outputs = [str(folder / f"{stem}{suffix}") for suffix in suffixes]
         entry.message = "; ".join(table.attrs["notes"])
         shares = table["trial_type"].value_counts(normalize=True)
         entry.numbers = {"seconds": seconds, "windows": len(table), **{f"share {name}": float(share) for name, share in shares.items()}}

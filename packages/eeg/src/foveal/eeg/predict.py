@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from foveal.core.checkpoint import load_weights
 from foveal.core.device import resolve_device
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write, output_folder, output_names
+from foveal.core.files import all_or_none, atomic_write, output_folder, output_names, without_results
 from foveal.core.reports import BatchReport, Entry
 from foveal.eeg import events as event_files
 from foveal.eeg.analysis import codebook_use
@@ -199,16 +199,20 @@ def _collect(examples: dict[int, list[ndarray]], ids: ndarray, signal: ndarray, 
 
 def batch(
     files: Sequence[Path], report: BatchReport, targets_of: Callable[[str], list[Path]], overwrite: bool,
-    work: Callable[[Path, str, Entry, Callable[[float, float], None]], None],
+    work: Callable[[Path, Path, Entry, Callable[[float, float], None]], None],
 ) -> None:  # fmt: skip
-    """Run `work(path, stem, entry, progress)` over recordings with a progress bar; one that fails does not stop the others."""
+    """Run `work(path, stem, entry, progress)` over recordings with a progress bar; one that fails does not stop the others.
+
+    What `work` writes, to names that begin with `stem`, is there all together or not at all.
+    """
     inputs: list[Path] = []
+    folder = targets_of("")[0].parent
     for file in files:
         with report.item(file) as missing:
-            inputs += [found for found in find_recordings(file, apart_from=targets_of("")[0].parent) if found not in inputs]
+            inputs += [found for found in find_recordings(file, apart_from=folder) if found not in inputs]
         if missing.state == "done":
             report.entries.remove(missing)
-    inputs = without_twins(inputs)
+    inputs = without_results(without_twins(inputs), output_names, targets_of)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bars:
         for path, stem in zip(inputs, output_names(inputs), strict=True):
@@ -217,10 +221,11 @@ def batch(
             if present and not overwrite:
                 report.kept(path, present)
                 continue
-            with report.item(path) as entry:
+            with report.item(path) as entry, all_or_none(folder) as place:
                 bar = bars.add_task(path.name, total=None)
-                work(path, stem, entry, lambda seconds, whole, bar=bar: bars.update(bar, advance=seconds, total=whole))  # type: ignore[misc]
+                work(path, place / stem, entry, lambda seconds, whole, bar=bar: bars.update(bar, advance=seconds, total=whole))  # type: ignore[misc]
                 bars.remove_task(bar)
+                entry.outputs = [str(target) for target in targets]
 
 
 def tokenize_command(
@@ -271,7 +276,7 @@ def tokenize_command(
     table = None if events is None else event_files.read_events(events)
     report = BatchReport()
 
-    def work(path: Path, stem: str, entry: Entry, progress: Callable[[float, float], None]) -> None:
+    def work(path: Path, stem: Path, entry: Entry, progress: Callable[[float, float], None]) -> None:
         from foveal.eeg.report import draw_report, motif_table
 
         raw, began = open_recording(path), time.perf_counter()
@@ -282,14 +287,13 @@ def tokenize_command(
             tokens.notes.append(f"{outside} events outside the recording were left out")
         labels, classes = event_files.window_labels(marks, tokens.starts, tokens.window)
         motifs = motif_table(tokens, tokenizer.model, labels, classes)
-        entry.outputs = [str(written) for written in tokens.save(folder / stem)]
+        tokens.save(stem)
         for name in ("_motifs.csv", ".png"):
-            with atomic_write(folder / f"{stem}{name}") as temporary:
+            with atomic_write(f"{stem}{name}") as temporary:
                 if name == ".png":
                     draw_report(tokens, tokenizer.model, motifs, labels, classes, title=path.name).savefig(temporary, dpi=130)
                 else:
                     motifs.to_csv(temporary, index=False, float_format="%.4g")
-            entry.outputs.append(str(folder / f"{stem}{name}"))
         use = codebook_use(tokens.ids, tokenizer.model.config.codes)
         entry.message = "; ".join(tokens.notes)
         entry.numbers = {"seconds": tokens.seconds, "channels": len(tokens.channels), "tokens": use["tokens"], "ids in use": use["used"],

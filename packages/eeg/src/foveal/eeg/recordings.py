@@ -25,7 +25,8 @@ SUFFIXES = (".edf", ".bdf", ".gdf", ".vhdr", ".set", ".fif", ".cnt", ".eeg", ".l
 def find_recordings(place: str | Path, apart_from: str | Path | None = None) -> list[Path]:
     """The recordings that a name means: a file, an EGI folder (.mff), or all that lie below any other folder, each once.
 
-    Of BrainVision's files the header (.vhdr) stands for all; tables of events (``*_events.csv``, or named as a recording beside them) are none.
+    Of BrainVision's files the header (.vhdr) stands for all; tables of events (``*_events.csv``, or named as a recording beside them) are none, and
+    neither are tables that ``tokenize`` and ``classify`` wrote of a recording beside them.
 
     Args:
         place: what the user named.
@@ -46,8 +47,19 @@ def find_recordings(place: str | Path, apart_from: str | Path | None = None) -> 
         if not found:
             raise
     stems = {file.with_suffix("") for file in found if file.suffix.lower() != ".csv"}
-    tables = {file for file in found if file.suffix.lower() == ".csv" and (file.stem.endswith("_events") or file.with_suffix("") in stems)}
+    named_alike = {file.with_suffix("") for file in found}
+    tables = {
+        file
+        for file in found
+        if file.suffix.lower() == ".csv"
+        and (file.stem.endswith("_events") or file.with_suffix("") in stems or _recorded(file) in named_alike - {file.with_suffix("")})
+    }
     return without_twins(sorted(found - tables))
+
+
+def _recorded(table: Path) -> Path:
+    """What a table of `tokenize` or `classify` is about, without suffix."""
+    return table.with_name(table.stem.removesuffix("_motifs").removesuffix("_windows"))
 
 
 def without_twins(files: Sequence[Path]) -> list[Path]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from foveal.core.checkpoint import load_weights, save_weights
 from foveal.core.device import resolve_device
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write, output_folder
+from foveal.core.files import atomic_write, output_folder, without_results
 from foveal.core.reports import BatchReport
 from foveal.medical.film_net import FilmNet, FilmNetConfig
 from foveal.medical.film_plots import film_attention_figure
@@ -102,7 +102,7 @@ class FilmClassifier:
 
     @torch.no_grad()
     def _run(self, film: Film) -> Float[Tensor, " classes"]:
-        return self.network(self.preparation(film)[None].to(self.device))[0].double().softmax(0).cpu()
+        return self.network(self.preparation(film)[None].to(self.device))[0].cpu().double().softmax(0)  # not every GPU has float64
 
     def _named(self, probabilities: Tensor) -> dict[str, float]:
         return dict(zip(self.class_names, probabilities.tolist(), strict=True))
@@ -140,7 +140,7 @@ def classify_command(
             "foveal medical fit --config configs/medical/medusa_small.yaml, and name the run"
         )
     folder = output or Path("classified")
-    places = collect_films(films, folder)
+    places = without_results(collect_films(films, folder), names_of, lambda name: [folder / f"{name}_attention.png"])
     classifier = FilmClassifier.from_pretrained(checkpoint, device)
     labels = None
     if truth is not None:

@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from foveal.core.checkpoint import load_weights
 from foveal.core.device import resolve_device
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write, output_folder
+from foveal.core.files import all_or_none, output_folder, refuse_replacing, without_results
 from foveal.core.reports import BatchReport
 from foveal.medical.checkpoints import model_from_weights
 from foveal.medical.models.rat import RAT
 from foveal.medical.plots import regions_figure, restoration_figure
 from foveal.medical.regions import region_volume, superpixels
 from foveal.medical.restoration_metrics import fidelity
-from foveal.medical.segment import collect_scans
+from foveal.medical.segment import collect_scans, results_of
 from foveal.medical.volumes import Volume, names_of, on_grid_of, output_suffix, read_volume, stem_of, write_volume
 
 
@@ -155,7 +155,8 @@ def restore_command(
             "or convert the authors' with: foveal medical convert rat SOURCE OUT.safetensors"
         )
     folder = output or Path("restored")
-    places = collect_scans(scans, folder)
+    named = collect_scans(scans, folder)
+    places = without_results(named, names_of, lambda name: results_of(folder, name, ("restored", "restored_picture", "regions")))
     for option, path in (("--regions", regions), ("--truth", truth)):
         if path is not None and not path.exists():
             raise UserError(f"expected an existing file or folder; {path} does not exist; check {option}")
@@ -169,14 +170,16 @@ def restore_command(
         if existing and not overwrite:
             report.kept(place, [str(path) for path in existing])
             continue
-        with report.item(place) as entry:
+        with report.item(place) as entry, all_or_none(folder) as made:
             started = time.perf_counter()
             volume = read_volume(place, frame, series)
             low, high = restorer.range_of(volume)
             entry.message = "; ".join([*volume.notes, f"values from {low:g} to {high:g}"])
             parts = restorer.regions(volume, _beside(regions, name))
             restored = restorer.restored(volume, parts)
-            entry.outputs.append(str(write_volume(restored, folder / f"{name}_restored{output_suffix(volume)}")))
+            written = made / f"{name}_restored{output_suffix(volume)}"
+            refuse_replacing(named, [folder / written.name])
+            write_volume(restored, written)
             reference = _beside(truth, name)
             target = None if reference is None else _same_grid(read_volume(reference, frame), restored, reference)
             entry.numbers["regions"] = float(len(np.unique(parts)))
@@ -186,8 +189,9 @@ def restore_command(
                     entry.numbers |= {
                         key: value for key, value in scored(volume.voxels, target, low, high, " before").items() if "authors" not in key
                     }
-            picture = _picture(volume, restored, target, parts, folder / f"{name}_restored_picture.png", name)
-            entry.outputs += [str(picture), str(folder / f"{name}_regions.png")]
+            pictures = made / f"{name}_restored_picture.png", made / f"{name}_regions.png"
+            _draw(volume, restored, target, parts, *pictures, name)
+            entry.outputs = [str(folder / path.name) for path in (written, *pictures)]
             entry.numbers["seconds"] = time.perf_counter() - started
     forms = {"PSNR dB": ".2f", "SSIM": ".4f", "RMSE": ".4g", "authors' PSNR dB": ".2f", "authors' SSIM": ".4f"}
     columns = {"regions": ".0f", "seconds": ".1f", **forms, **{f"{name} before": form for name, form in forms.items()}}
@@ -218,7 +222,7 @@ def _same_grid(target: Volume, restored: Volume, path: Any) -> ndarray:
     return target.voxels
 
 
-def _picture(volume: Volume, restored: Volume, target: ndarray | None, parts: ndarray, path: Path, title: str) -> Path:
+def _draw(volume: Volume, restored: Volume, target: ndarray | None, parts: ndarray, picture: Path, region_map: Path, title: str) -> None:
     """The middle slice, rows before columns; beside it its region map."""
     middle, scale = volume.voxels.shape[2] // 2, restored.voxels.shape[0] // volume.voxels.shape[0]
     turn = (lambda x: x[:, :, middle]) if volume.kind == "picture" else (lambda x: x[:, :, middle].T)
@@ -226,7 +230,5 @@ def _picture(volume: Volume, restored: Volume, target: ndarray | None, parts: nd
     pictures = [turn(restored.voxels).astype(float), None if target is None else turn(target).astype(float), turn(parts)]
     figure = restoration_figure(degraded, pictures[0], pictures[1], pictures[2], title)
     maps = regions_figure(degraded, pictures[2], title)
-    for target_path, drawn in ((path, figure), (path.with_name(path.name.replace("_restored_picture", "_regions")), maps)):
-        with atomic_write(target_path) as temporary:
-            drawn.savefig(temporary, dpi=120)
-    return path
+    figure.savefig(picture, dpi=120)
+    maps.savefig(region_map, dpi=120)

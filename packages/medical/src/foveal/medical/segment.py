@@ -17,7 +17,7 @@ from torch import nn
 from foveal.core.checkpoint import load_weights
 from foveal.core.device import resolve_device
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write, output_folder, outside
+from foveal.core.files import all_or_none, output_folder, outside, refuse_replacing, without_results
 from foveal.core.reports import BatchReport
 from foveal.medical.checkpoints import model_from_weights
 from foveal.medical.inference import View, check_views, run_slices
@@ -199,6 +199,11 @@ def collect_scans(paths: Sequence[Path], apart_from: Path | None = None) -> list
     return sorted(dict.fromkeys(found))
 
 
+def results_of(folder: Path, name: str, endings: Sequence[str]) -> list[Path]:
+    """What a command may write of a scan: ``<name>_<ending>`` in every format that is written."""
+    return [folder / f"{name}_{ending}{suffix}" for ending in endings for suffix in (".nii", ".nii.gz", ".nrrd", ".mha", ".png")]
+
+
 def _scans_below(folder: Path) -> list[Path]:
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
     if any(suffix_of(path) in DICOM or _dicom_without_suffix(path) for path in files):
@@ -224,7 +229,7 @@ def segment_command(
     """Segment files; one that fails does not stop the others. Returns the exit code."""
     torch.manual_seed(seed)
     folder = output or Path("segmented")
-    places = collect_scans(scans, folder)
+    named = collect_scans(scans, folder)
     if truth is not None and not truth.exists():
         raise UserError(f"expected reference labels; {truth} does not exist; check --truth")
     segmenter = Segmenter.from_pretrained(checkpoint, device, views=None if views is None else _views_of(views))
@@ -233,22 +238,25 @@ def segment_command(
             f"expected weights of one sequence; these want {', '.join(segmenter.sequences)}: call Segmenter from Python with a list of files"
         )
     output_folder(folder, overwrite=True)
+    endings = ["labels", "overlay", "attention", *(f"{structure.replace(' ', '_')}_probability" for structure in segmenter.class_names)]
+    places = without_results(named, names_of, lambda name: results_of(folder, name, endings))
     report, names = BatchReport(), names_of(places)
     for place, name in zip(places, names, strict=True):
         existing = sorted(folder.glob(f"{_escaped(name)}_labels.*"))
         if existing and not overwrite:
             report.kept(place, [str(path) for path in existing])
             continue
-        with report.item(place) as entry:
+        with report.item(place) as entry, all_or_none(folder) as made:
             started = time.perf_counter()
             volume = read_volume(place, frame, series)
             entry.message = "; ".join(volume.notes)
             logits = segmenter.logits([volume])
             labels = volume.like(labels_of(logits))
-            target = write_volume(labels, folder / f"{name}_labels{output_suffix(volume)}")
-            entry.outputs.append(str(target))
+            target = made / f"{name}_labels{output_suffix(volume)}"
+            refuse_replacing(named, [folder / target.name])
+            written = [write_volume(labels, target)]
             if probabilities:
-                entry.outputs += _write_probabilities(volume, logits, segmenter.class_names, folder, name)
+                written += _write_probabilities(volume, logits, segmenter.class_names, made, name)
             for label, structure in enumerate(segmenter.class_names, 1):
                 unit, size = ("ml", volume.millilitres_of_a_voxel) if volume.kind != "picture" else ("pixels", 1.0)
                 entry.numbers[f"{structure} {unit}"] = float((labels.voxels == label).sum()) * size
@@ -260,14 +268,13 @@ def segment_command(
             if pictures:
                 plane = "file" if segmenter.preparation.plane == "file" else segmenter.preparation.plane
                 figure = overlay_figure(volume, labels.voxels, segmenter.class_names, reference, plane, title=name)
-                with atomic_write(folder / f"{name}_overlay.png") as temporary:
-                    figure.savefig(temporary, dpi=120)
-                entry.outputs.append(str(folder / f"{name}_overlay.png"))
+                written.append(made / f"{name}_overlay.png")
+                figure.savefig(written[-1], dpi=120)
             if attention:
                 picture, maps, point = segmenter.attention(volume)
-                with atomic_write(folder / f"{name}_attention.png") as temporary:
-                    attention_figure(picture, maps, point, f"{name}, as the network reads it: what the cross attends to").savefig(temporary, dpi=120)
-                entry.outputs.append(str(folder / f"{name}_attention.png"))
+                written.append(made / f"{name}_attention.png")
+                attention_figure(picture, maps, point, f"{name}, as the network reads it: what the cross attends to").savefig(written[-1], dpi=120)
+            entry.outputs = [str(folder / path.name) for path in written]
             entry.numbers["seconds"] = time.perf_counter() - started
     columns = {"seconds": ".1f", "Dice": ".3f", "HD95 mm": ".1f"} | {f"{name} ml": ".2f" for name in segmenter.class_names}
     columns |= {f"{name} pixels": ".0f" for name in segmenter.class_names}
@@ -283,14 +290,14 @@ def _escaped(name: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
-def _write_probabilities(volume: Volume, logits: ndarray, names: Sequence[str], folder: Path, name: str) -> list[str]:
+def _write_probabilities(volume: Volume, logits: ndarray, names: Sequence[str], folder: Path, name: str) -> list[Path]:
     values = torch.from_numpy(logits)
     shares = torch.cat([1 - values.sigmoid(), values.sigmoid()]).numpy() if len(values) == 1 else values.softmax(0).numpy()
     suffix = ".nii.gz" if volume.kind == "picture" else output_suffix(volume)
     outputs = []
     for structure, share in zip(names, shares[1:], strict=True):
         target = folder / f"{name}_{structure.replace(' ', '_')}_probability{suffix}"
-        outputs.append(str(write_volume(volume.like(share.astype(np.float32)), target)))
+        outputs.append(write_volume(volume.like(share.astype(np.float32)), target))
     return outputs
 
 

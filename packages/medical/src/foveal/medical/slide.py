@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write, collect_inputs, output_folder
+from foveal.core.files import atomic_write, collect_inputs, output_folder, without_results
 from foveal.core.reports import BatchReport, Entry
 from foveal.medical.bag_classifier import BagClassifier, BagPrediction
 from foveal.medical.data.bag_sources import TABLES, read_bag_table
@@ -167,7 +167,11 @@ def slide_command(
 ) -> int:  # fmt: skip
     """Extract and classify; a slide that fails does not stop the others. Returns the exit code."""
     folder = output or Path("slides")
-    places = collect_inputs(slides, (*SLIDES, *HDF5), apart_from=folder)
+    named = collect_inputs(slides, (*SLIDES, *HDF5), apart_from=folder)
+    extracted = [path for path in named if path.resolve().parent == (folder / "features").resolve()]
+    stems = {path.stem for path in named if path not in extracted}
+    named = [path for path in named if path not in extracted or path.stem not in stems]  # an earlier call's features of a slide that is here too
+    places = without_results(named, _names, lambda name: [folder / f"{name}_attention.png"])
     if batch < 1:
         raise UserError(f"expected --batch of at least 1; got {batch}")
     if features_only == (checkpoint is not None):

@@ -98,7 +98,7 @@ class ZeroShot:
     def likeness(self, image: Float[Tensor, "1 width"], classes: Float[Tensor, "classes width"], names: Sequence[str]) -> dict[str, float]:
         """Class -> probability, with the model's own scale, as in the released evaluation."""
         scale = float(self.network.log_scale.detach().exp())
-        return dict(zip(names, (scale * (image @ classes.mT)[0].double()).softmax(0).tolist(), strict=True))
+        return dict(zip(names, (scale * (image @ classes.mT)[0].cpu().double()).softmax(0).tolist(), strict=True))
 
     def _said(self, sentences: list[list[str]]) -> Float[Tensor, "classes width"]:
         """Each class' sentences as one vector: with the adapter tokens are averaged place by place, without it the sentences' vectors."""

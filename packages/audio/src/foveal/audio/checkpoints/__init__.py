@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ class _Systems(PublishedSystems):
         system, keywords = _of_layout(system, keywords)
         if system == hifigan.VOCODER.system.name:
             if not isinstance(source, Mapping):
-                file, published = hub_folder(source) if Path(source).is_dir() else (source, hifigan.published_config(source))
+                file, published = _published(source)
                 source, keywords = state_dict_of(read_official(file)), {**published, **keywords}
             source = hifigan.fold_weight_norm(source)
         return super().load_official(system, source, keywords)
@@ -40,9 +41,20 @@ class _Systems(PublishedSystems):
         system, keywords = _of_layout(system, keywords)
         return super().convert(system, source, target, back, keywords)
 
+    def header(self, system: str, source: str | Path, keywords: Mapping[str, Any]) -> dict[str, str]:
+        if system != hifigan.VOCODER.system.name:
+            return {}
+        said = hifigan.published_spectrogram({**_published(source)[1], **keywords})
+        return {"spectrogram": json.dumps(said)} if said else {}
+
     def to_official(self, system: str, model: nn.Module) -> Conversion:
         conversion = super().to_official(system, model)
         return replace(conversion, state=hifigan.unfold_weight_norm(conversion.state)) if system == hifigan.VOCODER.system.name else conversion
+
+
+def _published(source: str | Path) -> tuple[str | Path, dict[str, Any]]:
+    """HiFi-GAN's file of weights, and what the config.json beside it says."""
+    return hub_folder(source) if Path(source).is_dir() else (source, hifigan.published_config(source))
 
 
 def _of_layout(system: str, keywords: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:

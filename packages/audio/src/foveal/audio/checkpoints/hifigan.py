@@ -27,6 +27,8 @@ _OTHERS = (
     "num_gpus", "batch_size", "learning_rate", "adam_b1", "adam_b2", "lr_decay", "seed", "segment_size", "num_freq", "n_fft", "hop_size", "win_size",
     "sampling_rate", "fmin", "fmax", "fmax_for_loss", "fmax_loss", "num_workers", "dist_config",
 )  # fmt: skip
+#: What is said there of the mel spectrogram that is read -> field of `MelConfig`.
+_SPECTROGRAM = {"sampling_rate": "sample_rate", "win_size": "window", "hop_size": "hop", "num_mels": "mels", "fmin": "low", "fmax": "high"}
 
 Table = dict[str, list[tuple[str, tuple[int, ...]]]]
 
@@ -87,6 +89,11 @@ def published_config(weights: str | Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) and "upsample_rates" in found else {}
+
+
+def published_spectrogram(settings: Mapping[str, Any]) -> dict[str, float]:
+    """What the authors' keywords say of the mel spectrogram that the generator reads, by the names of `MelConfig`; of the rest nothing is known."""
+    return {ours: settings[theirs] for theirs, ours in _SPECTROGRAM.items() if isinstance(settings.get(theirs), (int, float))}
 
 
 VOCODER = Adapter(

@@ -134,10 +134,10 @@ class LabelledFolders(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Validation utterances."""
-        return DataLoader(self.parts["validation"], self.batch_size, num_workers=self.workers, collate_fn=_collate)
+        return DataLoader(self.parts["validation"], batch_size=self.batch_size, num_workers=self.workers, collate_fn=_collate)
 
     def test_dataloader(self) -> DataLoader:
         """Test utterances."""
-        return DataLoader(self.parts["test"], self.batch_size, num_workers=self.workers, collate_fn=_collate)
+        return DataLoader(self.parts["test"], batch_size=self.batch_size, num_workers=self.workers, collate_fn=_collate)
 
     predict_dataloader = test_dataloader

@@ -14,6 +14,7 @@ from foveal.audio.audio_files import SUFFIXES
 from foveal.audio.data.speech import Clip, SpeechClips
 from foveal.audio.models.mel import MelConfig
 from foveal.core.errors import UserError
+from foveal.core.files import output_names
 
 LJSPEECH_MEL = MelConfig(sample_rate=22_050)
 
@@ -36,7 +37,7 @@ def read_metadata(folder: str | Path, sample_rate: int) -> list[Clip]:
     wrong = next((number for number, row in enumerate(rows, 1) if len(row) < 2 or not row[-1].strip()), None)
     if wrong is not None:
         raise UserError(f"expected rows id|text in {table}; row {wrong} has no text; mend or remove it")
-    return [Clip.file(_recording(place, row[0].strip()), row[-1], sample_rate) for row in rows]
+    return [Clip.file(_recording(place, name := row[0].strip()), row[-1], sample_rate, name) for row in rows]
 
 
 def _recording(folder: Path, name: str) -> Path:
@@ -58,10 +59,10 @@ def read_pairs(folder: str | Path, sample_rate: int) -> list[Clip]:
     pairs = [(path, path.with_suffix(".txt")) for path in recordings if path.with_suffix(".txt").is_file()]
     if not pairs:
         raise UserError(f"expected recordings with a .txt of the same name each below {place}; found none; or put a metadata.csv in it")
-    clips = []
-    for path, text in pairs:
+    clips, names = [], output_names([path for path, _ in pairs])
+    for (path, text), name in zip(pairs, names, strict=True):
         try:
-            clips.append(Clip.file(path, text.read_text(encoding="utf-8-sig"), sample_rate))
+            clips.append(Clip.file(path, text.read_text(encoding="utf-8-sig"), sample_rate, name))
         except UnicodeDecodeError:
             raise UserError(f"expected text in UTF-8; {text} is something else; save it as plain text in UTF-8") from None
     return clips

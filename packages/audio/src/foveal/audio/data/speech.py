@@ -63,7 +63,7 @@ class Clip:
         return Clip(name, text, sample_rate, len(samples) / sample_rate, lambda: samples)
 
     @staticmethod
-    def file(path: Path, text: str, sample_rate: int) -> Clip:
+    def file(path: Path, text: str, sample_rate: int, name: str) -> Clip:
         """A recording that is read when it is needed.
 
         Raises:
@@ -73,7 +73,7 @@ class Clip:
             header = soundfile.info(path)
         except (soundfile.LibsndfileError, OSError) as error:
             raise UserError(f"expected an audio file; {path} cannot be read ({str(error).splitlines()[0]}); remove or replace it") from None
-        return Clip(path.stem, text, sample_rate, header.frames / header.samplerate, functools.partial(_read, path, sample_rate))
+        return Clip(name, text, sample_rate, header.frames / header.samplerate, functools.partial(_read, path, sample_rate))
 
     @property
     def samples(self) -> Float[ndarray, " samples"]:

@@ -156,6 +156,7 @@ class EnhancementTask(pl.LightningModule):
         report = MixtureReport()
         for name, group, scores, noisy in rows:
             report.add(name, group, scores | {f"noisy_{score}": noisy[score] for score in ("pesq", "estoi", "si_sdr")})
+        report.gather(self.trainer)
         if self.trainer.is_global_zero:
             report.finish(self.trainer)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import statistics
 from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from foveal.core import run_folder
 from foveal.core.files import atomic_write
+from foveal.core.processes import of_every_process, once
 from foveal.core.tracking import Wandb
 
 
@@ -64,6 +66,10 @@ class MixtureReport:
     def add(self, name: str, group: str, scores: dict[str, float]) -> None:
         """Note the scores of a mixture."""
         self.rows.append((name, group, scores))
+
+    def gather(self, trainer: pl.Trainer) -> None:
+        """Bring the rows of all processes of a run together; every one of them calls this."""
+        self.rows = once(of_every_process(trainer, self.rows), itemgetter(0))
 
     def summary(self) -> list[dict[str, Any]]:
         """One row for all mixtures and, where there are several, one for each group: count, then mean and standard error of each score."""

@@ -108,6 +108,7 @@ class SeparationTask(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Write and print the table."""
         rows, self.report = self.report, MixtureReport()
+        rows.gather(self.trainer)
         if self.trainer.is_global_zero:
             rows.finish(self.trainer)
 

@@ -172,6 +172,7 @@ class SpeechSynthesisTask(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Write and print the table."""
         report, self.report = self.report, SynthesisReport()
+        report.gather(self.trainer)
         if self.trainer.is_global_zero:
             report.finish(self.trainer)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import csv
 import statistics
+from operator import itemgetter
 
 import lightning.pytorch as pl
 from rich.console import Console
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from foveal.core import run_folder
 from foveal.core.files import atomic_write
+from foveal.core.processes import of_every_process, once
 from foveal.core.tracking import Wandb
 
 _HEARD = 16  # clips whose sound is kept
@@ -37,6 +39,10 @@ class SynthesisReport:
         self.rows.append((name, scores))
         if sound is not None and self.has_room:
             self.sounds[name], self.sample_rate = (sound / sound.abs().max().clamp(min=1e-8)).detach().float().cpu(), sample_rate
+
+    def gather(self, trainer: pl.Trainer) -> None:
+        """Bring the rows of all processes of a run together; every one of them calls this."""
+        self.rows = once(of_every_process(trainer, self.rows), itemgetter(0))
 
     def finish(self, trainer: pl.Trainer) -> None:
         """Write the table and print the means; a try of two batches leaves no files."""

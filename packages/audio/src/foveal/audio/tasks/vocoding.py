@@ -215,6 +215,7 @@ class VocodingTask(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Write and print the table."""
         report, self.report = self.report, SynthesisReport()
+        report.gather(self.trainer)
         if self.trainer.is_global_zero:
             report.finish(self.trainer)
 

@@ -195,7 +195,7 @@ class WindowsDataModule(pl.LightningDataModule):
         return self.test_dataloader()
 
     def _in_order(self, windows: Dataset) -> DataLoader:
-        return DataLoader(windows, self.batch_size, num_workers=self.workers, collate_fn=collate)
+        return DataLoader(windows, batch_size=self.batch_size, num_workers=self.workers, collate_fn=collate)
 
 
 class SingleChannels(Dataset):

@@ -189,11 +189,11 @@ class RelationQuestions(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """In order."""
-        return DataLoader(self.validation, 100, collate_fn=collate)
+        return DataLoader(self.validation, batch_size=100, collate_fn=collate)
 
     def test_dataloader(self) -> DataLoader:
         """In order."""
-        return DataLoader(self.test, 100, collate_fn=collate)
+        return DataLoader(self.test, batch_size=100, collate_fn=collate)
 
     predict_dataloader = test_dataloader
 

@@ -241,11 +241,11 @@ class FilmFolders(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Films to choose by."""
-        return DataLoader(self.films("validation"), self.batch_size, num_workers=self.workers)
+        return DataLoader(self.films("validation"), batch_size=self.batch_size, num_workers=self.workers)
 
     def test_dataloader(self) -> DataLoader:
         """Films to measure on."""
-        return DataLoader(self.films("test"), self.batch_size, num_workers=self.workers)
+        return DataLoader(self.films("test"), batch_size=self.batch_size, num_workers=self.workers)
 
     def predict_dataloader(self) -> DataLoader:
         """The films of the test set."""

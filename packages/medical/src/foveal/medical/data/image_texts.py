@@ -178,8 +178,8 @@ class PairTable(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Pairs to choose by."""
-        return DataLoader(self.pairs("validation"), self.batch_size, num_workers=self.workers)
+        return DataLoader(self.pairs("validation"), batch_size=self.batch_size, num_workers=self.workers)
 
     def test_dataloader(self) -> DataLoader:
         """Pairs to measure on."""
-        return DataLoader(self.pairs("test"), self.batch_size, num_workers=self.workers)
+        return DataLoader(self.pairs("test"), batch_size=self.batch_size, num_workers=self.workers)

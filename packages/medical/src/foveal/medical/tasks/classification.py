@@ -66,15 +66,15 @@ class FilmTask(pl.LightningModule):
 
     def validation_step(self, batch: LabelledFilm, index: int) -> None:
         """Keep what the scores need."""
-        logits = self(batch.image).double()
-        self.seen.update(torch.cat([logits, batch.label[:, None].double(), batch.index[:, None].double()], 1))
+        self.seen.update(torch.cat([self(batch.image), batch.label[:, None], batch.index[:, None]], 1).float())
 
     def on_validation_epoch_end(self) -> None:
         """Scores of the whole set."""
         logits, labels, _ = self._all_seen()
         for name, value in self._scores(logits, labels).items():
             self.log(f"val/{name}", value, prog_bar=name in ("auroc", "accuracy"))
-        self.log("val/loss", F.cross_entropy(logits.float(), labels, self.class_weights))
+        weights = None if self.class_weights is None else self.class_weights.cpu()
+        self.log("val/loss", F.cross_entropy(logits.float(), labels, weights))
 
     def test_step(self, batch: LabelledFilm, index: int) -> None:
         """Keep what the report needs."""
@@ -89,7 +89,7 @@ class FilmTask(pl.LightningModule):
             self.log(f"test/{name}", value)
         if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
             films = self.trainer.datamodule.films("test")  # type: ignore[attr-defined]
-            FilmReport(films, logits.softmax(1).cpu(), labels.cpu(), index.cpu()).finish(self.trainer, self.network, self.overlays)
+            FilmReport(films, logits.softmax(1), labels, index).finish(self.trainer, self.network, self.overlays)
 
     def predict_step(self, batch: LabelledFilm, index: int) -> Tensor:
         """Probabilities."""
@@ -105,11 +105,14 @@ class FilmTask(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
 
     def _all_seen(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, labels and indices of the set; a sampler that evens out processes' shares by repeating films does not count them twice."""
-        seen: Any = self.seen.compute()
+        """Logits, labels and indices of the set, on the CPU; a sampler that evens out processes' shares by repeating films does not count them twice.
+
+        The logits are of float64: in float32 the probabilities of sure films are all 1, and AUROC could not tell them apart.
+        """
+        seen: Any = self.seen.compute().cpu().double()  # not every GPU has float64
         self.seen.reset()
         index, first = seen[:, -1].long().unique(return_inverse=True)
-        rows = torch.empty(len(index), dtype=torch.long, device=seen.device).scatter_(0, first, torch.arange(len(seen), device=seen.device))
+        rows = torch.empty(len(index), dtype=torch.long).scatter_(0, first, torch.arange(len(seen)))
         seen = seen[rows]
         return seen[:, :-2], seen[:, -2].long(), index
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter, itemgetter
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -25,7 +26,7 @@ from foveal.medical.inference import View, check_views, in_cpu_order, logits_of,
 from foveal.medical.losses import bce_dice_loss, guided_loss
 from foveal.medical.metrics import dice_scores, mean_known
 from foveal.medical.tasks.schedules import rising_then_cosine
-from foveal.medical.volumes import Volume
+from foveal.medical.volumes import Volume, output_suffix, write_volume
 
 #: Smaller sides, as matrices, of the kernels that are Muon's. Heads have fewer rows: classes need not be of equal strength. Turning a larger matrix
 #: takes longer than the pass through the network does.
@@ -147,6 +148,10 @@ class SegmentationTask(pl.LightningModule):
     def predict_step(self, scan: Scan, index: int) -> Volume:
         """Labels as a volume like the scan."""
         return scan.image.like(self.segmented(scan).astype(np.uint8))
+
+    def write_prediction(self, labels: Volume, scan: Scan, folder: Path) -> None:
+        """``<name of the scan>_labels`` in the scan's own format and place, as ``foveal medical segment`` writes it."""
+        write_volume(labels, folder / f"{scan.name.replace('/', '_')}_labels{output_suffix(labels)}")
 
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule."""

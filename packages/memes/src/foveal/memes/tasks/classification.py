@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveal.core.errors import UserError
+from foveal.core.processes import of_every_process
 from foveal.memes.calibration import expected_calibration_error, fit_temperature
 from foveal.memes.data.features import NO_LABEL, Batch, Encoding, MemeFeatures
 from foveal.memes.models.tcrnet import Fused, TCRNet, TCRNetConfig, Tokens
@@ -76,7 +77,7 @@ class MemeTask(pl.LightningModule):
         self.learning_rate, self.weight_decay, self.schedule = learning_rate, weight_decay, schedule
         self.label_smoothing, self.balanced, self.noise, self.stream_dropout = label_smoothing, balanced, noise, stream_dropout
         self.class_weights: dict[str, Tensor] = {}
-        self._collected: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+        self._collected: list[tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]] = []  # place, logits and labels of each batch, on the CPU
         self._validated: MemeReport | None = None
 
     def setup(self, stage: str) -> None:
@@ -140,20 +141,28 @@ class MemeTask(pl.LightningModule):
         """Collect logits and labels."""
         logits = self(batch).logits
         self.log("val/loss", self._loss(logits, batch.labels), prog_bar=True, batch_size=len(batch.place), sync_dist=True)
-        self._collected.append((logits, batch.labels))
+        self._collect(batch, logits)
 
     def test_step(self, batch: Batch, index: int) -> None:
         """Collect logits and labels."""
-        self._collected.append((self(batch).logits, batch.labels))
+        self._collect(batch, self(batch).logits)
 
     def predict_step(self, batch: Batch, index: int) -> dict[str, Tensor]:
         """Probabilities of every task."""
         return {task: torch.softmax(logits.float(), -1) for task, logits in self(batch).logits.items()}
 
+    def _collect(self, batch: Batch, logits: Mapping[str, Tensor]) -> None:
+        said, known = ({task: side[task].cpu() for task in self.classes} for side in (logits, batch.labels))
+        self._collected.append((batch.place.cpu(), said, known))
+
     def _gathered(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        parts, self._collected = self._collected, []
-        logits, labels = ({task: torch.cat([part[place][task] for part in parts]).cpu() for task in self.classes} for place in (0, 1))
-        return {task: value.float().numpy() for task, value in logits.items()}, {task: value.numpy() for task, value in labels.items()}
+        """Logits and labels of all processes' memes, each once, in the order of their split."""
+        shares, self._collected = of_every_process(self.trainer, self._collected), []
+        parts = [part for share in shares for part in share]
+        _, first = np.unique(torch.cat([place for place, _, _ in parts]).numpy(), return_index=True)
+        logits = {task: torch.cat([said[task] for _, said, _ in parts]) for task in self.classes}
+        labels = {task: torch.cat([known[task] for _, _, known in parts]) for task in self.classes}
+        return {task: value.float().numpy()[first] for task, value in logits.items()}, {task: value.numpy()[first] for task, value in labels.items()}
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of each task."""
