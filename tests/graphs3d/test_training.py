@@ -16,6 +16,7 @@ import yaml
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from foveal.core.checkpoint import save_weights
 from foveal.core.cli import FovealCLI
@@ -183,6 +184,17 @@ def test_weights_are_measured_in_ev_without_training(files, weights):
     calculator, frames = FovealCalculator.from_pretrained(weights, device="cpu"), copper(3, 100)
     errors = [abs(calculator.batch([atoms])[0]["energy"] - atoms.get_potential_energy()) / len(atoms) for atoms in frames]
     assert float(tested["test/hot/energy_mae"]) == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+@pytest.mark.parametrize("edges", [None, 60])
+def test_what_predict_keeps_is_what_the_calculator_says_in_ev(files, weights, edges):
+    config = settings(files, {"network": None, "weights": str(weights)})
+    config["data"]["init_args"]["max_edges"] = edges
+    run(files, "predict", config)
+    kept = [load_file(file) for file in sorted((files / "runs").glob("**/predictions/batch_*.safetensors"))]
+    expected = FovealCalculator.from_pretrained(weights, device="cpu").batch(copper(3, 100))
+    np.testing.assert_allclose(torch.cat([batch["energy"] for batch in kept]), [one["energy"] for one in expected], rtol=1e-5)
+    np.testing.assert_allclose(torch.cat([batch["forces"] for batch in kept]), np.concatenate([one["forces"] for one in expected]), atol=1e-4)
 
 
 def test_the_direct_form_keeps_a_scale_of_forces_of_its_own(files, tmp_path):

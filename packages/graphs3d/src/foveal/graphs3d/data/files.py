@@ -141,8 +141,9 @@ class StructureFiles(pl.LightningDataModule):
         return [self._ordered(structures) for structures in self.tests.values()]
 
     def predict_dataloader(self) -> DataLoader:
-        """The structures of all test sets, one after the other."""
-        return self._ordered(Joined(list(self.tests.values())))
+        """The structures of all test sets, one after the other; without a limit on edges, as Lightning rebuilds a loader that it predicts with."""
+        structures = Joined(list(self.tests.values()))
+        return DataLoader(self.graphs(structures), batch_size=self.batch_size, num_workers=self.workers, collate_fn=collate_labelled)
 
     def _ordered(self, structures: Sequence[ase.Atoms]) -> DataLoader:
         edges = self._edges(structures)
