@@ -122,6 +122,19 @@ def test_rows_with_a_wrong_label_are_doubted_and_left_out():
     assert not set(wrong) & set(sampler.sample_indices_)
 
 
+def test_rows_whose_class_the_network_cannot_tell_are_not_taken_for_wrong_ones():
+    # Half of each of six classes has a cloud of its own, the other halves share one: nothing there says that a label is wrong.
+    random = np.random.default_rng(0)
+    y = np.tile(np.arange(6), 100)
+    shared = np.arange(600) >= 300
+    x = random.normal(0, 1, (600, 2)) + np.where(shared, 0, 20)[:, None] * np.stack((np.cos(y * np.pi / 3), np.sin(y * np.pi / 3)), 1)
+    sampler = GAIS(random_state=0, n_steps=80)
+    sampler.fit_resample(x, y)
+    assert (sampler.confidence_[shared] < 0.5).mean() > 0.8
+    kept = sampler.sample_indices_[shared[sampler.sample_indices_]]
+    assert set(y[kept]) == set(range(6))
+
+
 def test_a_classifier_learns_more_from_it_than_from_as_many_rows_by_chance():
     x, y = make_classification(1500, 10, n_informative=6, n_classes=3, n_clusters_per_class=2, flip_y=0.1, random_state=3)
     train, test = slice(0, 1000), slice(1000, None)

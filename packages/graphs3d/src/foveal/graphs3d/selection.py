@@ -294,17 +294,18 @@ class GAIS(BaseCleaningSampler):
         graphs = [self._graph(x, codes, *of_training[place]) for place in chosen]
         sizes = SelectionGATConfig(x.shape[1], int(codes.max()) + 1, self.hidden, self.n_heads, self.n_layers, self.dropout)
         task = train(graphs, sizes, steps=self.n_steps, learning_rate=self.learning_rate, seed=int(random.integers(2**31)), device=device)
-        confidence, attention = np.zeros(len(x), np.float32), np.zeros(len(x), np.float32)
+        confidence, doubt, attention = (np.zeros(len(x), np.float32) for _ in range(3))
         for parts, finer in cuts:
             for part in parts:
-                sure, heard = _score(task.network, self._graph(x, codes, part, finer).to(device), random)
+                sure, denied, heard = _score(task.network, self._graph(x, codes, part, finer).to(device), random)
                 confidence[part] += sure / len(cuts)
+                doubt[part] += denied / len(cuts)
                 attention[part] += heard / len(cuts)
         importance = self._importance(confidence, attention)
         places = np.zeros(len(x))
         for parts, _ in cuts:
             for rows in self._blocks(parts, codes, random):
-                order = self._order(x[rows], confidence[rows], importance[rows], share)
+                order = self._order(x[rows], doubt[rows] > 0.5, importance[rows], share)
                 places[rows[order]] += (np.arange(len(rows)) + 0.5) / len(rows) / len(cuts)
         return np.lexsort((-importance, places)), importance, confidence, attention, task.losses
 
@@ -331,12 +332,12 @@ class GAIS(BaseCleaningSampler):
             for part in parts:
                 yield from (part[codes[part] == one] for one in np.unique(codes[part]))
 
-    def _order(self, x: np.ndarray, confidence: np.ndarray, importance: np.ndarray, share: float) -> np.ndarray:
-        """Order of admission of the rows of one class; rows that the network takes for another class come last."""
+    def _order(self, x: np.ndarray, doubted: np.ndarray, importance: np.ndarray, share: float) -> np.ndarray:
+        """Order of admission of the rows of one class; those that the network takes for one other class come last, not those it knows none for."""
         if not self.coverage:
             return np.argsort(-importance, kind="stable")
         orders, wanted = [], min(len(x), int(np.ceil(share * len(x))) + 1)
-        for rows in (np.flatnonzero(confidence >= 0.5), np.flatnonzero(confidence < 0.5)):
+        for rows in (np.flatnonzero(~doubted), np.flatnonzero(doubted)):
             if len(rows):
                 points = torch.from_numpy(x[rows])
                 distances = torch.cdist(points, points, compute_mode="use_mm_for_euclid_dist").numpy()
@@ -353,20 +354,24 @@ def _similarity(distances: Float[np.ndarray, "rows rows"]) -> Float[np.ndarray, 
 
 
 @torch.no_grad()
-def _score(network: SelectionGAT, graph: Graph, random: np.random.Generator) -> tuple[Float[np.ndarray, " rows"], Float[np.ndarray, " rows"]]:
-    """Confidence of each row in its own class without its label, and the attention that rows of its class pay to it, over the most in the part."""
+def _score(network: SelectionGAT, graph: Graph, random: np.random.Generator) -> tuple[Float[np.ndarray, " rows"], ...]:
+    """Of each row, the probability of its own class without its label, that of the likeliest other class, and the attention that rows of its class
+    pay to it, over the most in the part.
+    """
     rows = torch.arange(len(graph.x), device=graph.x.device)
     fold = torch.from_numpy(random.permutation(len(rows)) % FOLDS).to(rows.device)
     source, target = graph.edges.edge_index()
     alike = graph.labels[source] == graph.labels[target]
-    confidence, attention = torch.zeros(len(rows), device=rows.device), torch.zeros(len(rows), device=rows.device)
+    confidence, doubt, attention = (torch.zeros(len(rows), device=rows.device) for _ in range(3))
     for index in range(min(FOLDS, len(rows))):
         hidden = fold == index
         scored = network(graph.x, graph.labels, hidden, graph.edges, graph.edge)
-        confidence[hidden] = scored.logits.softmax(-1)[rows, graph.labels][hidden]
+        probability = scored.logits.softmax(-1)
+        confidence[hidden] = probability[rows, graph.labels][hidden]
+        doubt[hidden] = probability.scatter(1, graph.labels[:, None], 0.0).amax(1)[hidden]
         counted = alike & hidden[target]
         attention.index_add_(0, source[counted], scored.attention[counted])
-    return confidence.cpu().numpy(), (attention / attention.max().clamp(min=1e-12)).cpu().numpy()
+    return confidence.cpu().numpy(), doubt.cpu().numpy(), (attention / attention.max().clamp(min=1e-12)).cpu().numpy()
 
 
 def _splittable(codes: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"] | None:
