@@ -57,6 +57,7 @@ def test_results_in_the_folder_of_the_inputs_are_no_inputs_and_hidden_files_are_
     kept = without_results(found, output_names, lambda name: [tmp_path / f"{name}_clean.wav"])
     assert [path.name for path in kept] == ["call 1.wav", "other_clean.wav"]
     assert without_results(found[1:2], output_names, lambda name: [tmp_path / f"{name}.wav"]) == found[1:2], "named alone, and its own result"
+    assert without_results(found, output_names, lambda name: [tmp_path / f"{name}_clean.wav"], found) == found, "each named directly"
     assert collect_inputs([tmp_path / "._call 1.wav"], {".wav"}) == [tmp_path / "._call 1.wav"], "named directly"
 
 

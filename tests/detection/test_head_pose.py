@@ -222,7 +222,7 @@ def test_an_interrupted_training_goes_on_to_the_same_result_and_is_exported(tmp_
 
 def test_the_verb_predict_gives_the_heads_of_every_picture(folder: Path) -> None:
     arguments = _arguments(folder, "--data.source", str(folder))
-    cli = FovealCLI("detection", ["predict", *arguments[1:]])
+    cli = FovealCLI("detection", ["predict", *arguments[1:], "--return_predictions", "true"])
     found = cli.trainer.predict_loop.predictions
     assert found
     assert all(heads.boxes.shape[1] == 4 for (heads,) in found)

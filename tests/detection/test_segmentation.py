@@ -277,7 +277,7 @@ def test_a_training_learns_the_bands_and_its_weights_are_used(folders: Path, mon
 
 
 def test_the_verb_predict_gives_a_class_for_every_place(folders: Path) -> None:
-    cli = FovealCLI("detection", _arguments(folders, verb="predict"))
+    cli = FovealCLI("detection", _arguments(folders, "--return_predictions", "true", verb="predict"))
     assert {len(found) for found in cli.trainer.predict_loop.predictions} == {1}
 
 

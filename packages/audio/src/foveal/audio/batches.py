@@ -105,7 +105,7 @@ def _process_files(
     def targets_of(name: str) -> list[Path]:
         return [folder / f"{name}_{ending}.wav" for ending in endings]
 
-    inputs = without_results(inputs, output_names, targets_of)
+    inputs = without_results(inputs, output_names, targets_of, files)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bars:
         for path, name in zip(inputs, output_names(inputs), strict=True):

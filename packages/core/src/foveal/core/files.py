@@ -58,7 +58,10 @@ def outside(files: Iterable[Path], named: Path, folder: str | Path | None) -> li
 
 
 def without_results(
-    inputs: Sequence[Path], names_of: Callable[[Sequence[Path]], list[str]], targets_of: Callable[[str], Iterable[Path]]
+    inputs: Sequence[Path],
+    names_of: Callable[[Sequence[Path]], list[str]],
+    targets_of: Callable[[str], Iterable[Path]],
+    named: Iterable[str | Path] = (),
 ) -> list[Path]:
     """`inputs` without those that are results of others among them, as an earlier call left them where ``-o`` is the folder of the inputs itself.
 
@@ -66,9 +69,11 @@ def without_results(
         inputs: of a call.
         names_of: their results' names, as `output_names` gives them.
         targets_of: of such a name the files that may be written.
+        named: what the user named; a file named directly is an input, whatever it looks like.
     """
+    directly = {Path(path).resolve() for path in named}
     made = {target.resolve(): path for path, name in zip(inputs, names_of(inputs), strict=True) for target in targets_of(name)}
-    return [path for path in inputs if made.get(path.resolve(), path) == path]
+    return [path for path in inputs if path.resolve() in directly or made.get(path.resolve(), path) == path]
 
 
 def refuse_replacing(sources: Iterable[Path], outputs: Iterable[Path]) -> None:

@@ -212,7 +212,7 @@ def batch(
             inputs += [found for found in find_recordings(file, apart_from=folder) if found not in inputs]
         if missing.state == "done":
             report.entries.remove(missing)
-    inputs = without_results(without_twins(inputs), output_names, targets_of)
+    inputs = without_results(without_twins(inputs), output_names, targets_of, files)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bars:
         for path, stem in zip(inputs, output_names(inputs), strict=True):

@@ -140,7 +140,7 @@ def classify_command(
             "foveal medical fit --config configs/medical/medusa_small.yaml, and name the run"
         )
     folder = output or Path("classified")
-    places = without_results(collect_films(films, folder), names_of, lambda name: [folder / f"{name}_attention.png"])
+    places = without_results(collect_films(films, folder), names_of, lambda name: [folder / f"{name}_attention.png"], films)
     classifier = FilmClassifier.from_pretrained(checkpoint, device)
     labels = None
     if truth is not None:

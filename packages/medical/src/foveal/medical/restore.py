@@ -156,7 +156,7 @@ def restore_command(
         )
     folder = output or Path("restored")
     named = collect_scans(scans, folder)
-    places = without_results(named, names_of, lambda name: results_of(folder, name, ("restored", "restored_picture", "regions")))
+    places = without_results(named, names_of, lambda name: results_of(folder, name, ("restored", "restored_picture", "regions")), scans)
     for option, path in (("--regions", regions), ("--truth", truth)):
         if path is not None and not path.exists():
             raise UserError(f"expected an existing file or folder; {path} does not exist; check {option}")

@@ -239,7 +239,7 @@ def segment_command(
         )
     output_folder(folder, overwrite=True)
     endings = ["labels", "overlay", "attention", *(f"{structure.replace(' ', '_')}_probability" for structure in segmenter.class_names)]
-    places = without_results(named, names_of, lambda name: results_of(folder, name, endings))
+    places = without_results(named, names_of, lambda name: results_of(folder, name, endings), scans)
     report, names = BatchReport(), names_of(places)
     for place, name in zip(places, names, strict=True):
         existing = sorted(folder.glob(f"{_escaped(name)}_labels.*"))

@@ -171,7 +171,7 @@ def slide_command(
     extracted = [path for path in named if path.resolve().parent == (folder / "features").resolve()]
     stems = {path.stem for path in named if path not in extracted}
     named = [path for path in named if path not in extracted or path.stem not in stems]  # an earlier call's features of a slide that is here too
-    places = without_results(named, _names, lambda name: [folder / f"{name}_attention.png"])
+    places = without_results(named, _names, lambda name: [folder / f"{name}_attention.png"], slides)
     if batch < 1:
         raise UserError(f"expected --batch of at least 1; got {batch}")
     if features_only == (checkpoint is not None):
