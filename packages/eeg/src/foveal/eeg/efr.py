@@ -28,7 +28,7 @@ from scipy.fft import next_fast_len
 from scipy.io import wavfile
 
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write, output_folder
+from foveal.core.files import all_or_none, output_folder
 from foveal.core.reports import BatchReport
 from foveal.eeg.events import relative_annotations
 from foveal.eeg.montages import derive
@@ -331,11 +331,10 @@ def efr_command(
         if notch:
             samples = signal.filtfilt(*signal.iirnotch(notch, 30, fs=rate), samples)
         found = following_response(asked, samples, rate, chosen.names, highest, surrogates, seed)
-        for target, table in zip(targets, (found.table(), found.lag_table(), found.pair_table()), strict=False):
-            with atomic_write(target) as temporary:
-                table.to_csv(temporary, index=False, float_format="%.6g")
-        with atomic_write(targets[3]) as temporary:
-            draw_response(found, recording.name).savefig(temporary, dpi=130)
+        with all_or_none(folder) as made:
+            for target, table in zip(targets[:3], (found.table(), found.lag_table(), found.pair_table()), strict=True):
+                table.to_csv(made / target.name, index=False, float_format="%.6g")
+            draw_response(found, recording.name).savefig(made / targets[3].name, dpi=130)
         entry.outputs = [str(target) for target in targets]
         place = np.unravel_index(found.coherence.argmax(), found.coherence.shape)
         entry.numbers = {"seconds": found.seconds, "channels": len(found.channels), "significant bins": float((found.coherence_p < 0.05).sum()),

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from foveal.core.checkpoint import load_weights
 from foveal.core.device import resolve_device
 from foveal.core.errors import UserError
-from foveal.core.files import all_or_none, atomic_write, output_folder, output_names, without_results
+from foveal.core.files import all_or_none, atomic_write, each_once, output_folder, output_names, without_results
 from foveal.core.reports import BatchReport, Entry
 from foveal.eeg import events as event_files
 from foveal.eeg.analysis import codebook_use
@@ -209,7 +209,7 @@ def batch(
     folder = targets_of("")[0].parent
     for file in files:
         with report.item(file) as missing:
-            inputs += [found for found in find_recordings(file, apart_from=folder) if found not in inputs]
+            inputs = each_once([*inputs, *find_recordings(file, apart_from=folder)])
         if missing.state == "done":
             report.entries.remove(missing)
     inputs = without_results(without_twins(inputs), output_names, targets_of, files)

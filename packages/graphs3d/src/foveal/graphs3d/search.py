@@ -17,7 +17,7 @@ from jaxtyping import Int
 from sklearn.model_selection import train_test_split
 
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write
+from foveal.core.files import atomic_write, output_folder
 from foveal.graphs3d.data.partitions import VARIANTS
 from foveal.graphs3d.data.tables import encode, read_table
 from foveal.graphs3d.select import features_and_target
@@ -168,6 +168,7 @@ def search_command(
         raise UserError(f"expected a classifier among {', '.join(CLASSIFIERS)}; got {classifier!r}")
     if trials < 1:
         raise UserError(f"expected at least one trial; got --trials {trials}")
+    output_folder(place.parent)
     table = read_table(source)
     known = table[table[target].notna()] if target in table.columns else table
     features, codes, _ = features_and_target(known, target, ignore)

@@ -12,7 +12,7 @@ import pandas as pd
 from jaxtyping import Int
 
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write
+from foveal.core.files import atomic_write, output_folder
 from foveal.core.reports import BatchReport
 from foveal.graphs3d.data.tables import SUFFIXES, encode, read_table, write_table
 from foveal.graphs3d.selection import GAIS
@@ -99,6 +99,7 @@ def select_command(
     if place.exists() and not overwrite:
         summary.kept(source, [str(place)])
         return summary.finish(as_json)
+    output_folder(place.parent)
     chosen = {**read_settings(settings), **{name: value for name, value in (parameters or {}).items() if value is not None}}
     table = read_table(source)
     if target not in table.columns:

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from glob import escape
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,7 @@ def restore_command(
     output_folder(folder, overwrite=True)
     report = BatchReport()
     for place, name in zip(places, names_of(places), strict=True):
-        existing = [path for path in sorted(folder.iterdir()) if path.name.startswith(f"{name}_restored.")]
+        existing = sorted(folder.glob(f"{escape(name)}_restored.*"))
         if existing and not overwrite:
             report.kept(place, [str(path) for path in existing])
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from foveal.core.checkpoint import load_weights
 from foveal.core.device import resolve_device
 from foveal.core.errors import UserError
-from foveal.core.files import all_or_none, output_folder, outside, refuse_replacing, without_results
+from foveal.core.files import all_or_none, each_once, output_folder, outside, refuse_replacing, without_results
 from foveal.core.reports import BatchReport
 from foveal.medical.checkpoints import model_from_weights
 from foveal.medical.inference import View, check_views, run_slices
@@ -196,7 +197,7 @@ def collect_scans(paths: Sequence[Path], apart_from: Path | None = None) -> list
         if not inside:
             raise UserError(f"expected images (NIfTI, NRRD, DICOM, PNG) in folder {path}; found none; name another folder or the files")
         found += inside
-    return sorted(dict.fromkeys(found))
+    return sorted(each_once(found))
 
 
 def results_of(folder: Path, name: str, endings: Sequence[str]) -> list[Path]:
@@ -242,7 +243,7 @@ def segment_command(
     places = without_results(named, names_of, lambda name: results_of(folder, name, endings), scans)
     report, names = BatchReport(), names_of(places)
     for place, name in zip(places, names, strict=True):
-        existing = sorted(folder.glob(f"{_escaped(name)}_labels.*"))
+        existing = sorted(folder.glob(f"{escape(name)}_labels.*"))
         if existing and not overwrite:
             report.kept(place, [str(path) for path in existing])
             continue
@@ -284,10 +285,6 @@ def segment_command(
 def _views_of(text: str) -> list[Any]:
     """From the command line: names with commas between them, or "none"."""
     return [] if text == "none" else [part.strip() for part in text.split(",")]
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def _write_probabilities(volume: Volume, logits: ndarray, names: Sequence[str], folder: Path, name: str) -> list[Path]:

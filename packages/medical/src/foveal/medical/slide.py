@@ -95,7 +95,6 @@ class _Run:
             )
         slide = open_slide(place, self.slide_mpp)
         found = extract_features(slide, self.encoder, self.tiling, self.batch, progress=True)
-        target.parent.mkdir(exist_ok=True)
         entry.outputs.append(str(write_features(target, found)))
         return found
 
