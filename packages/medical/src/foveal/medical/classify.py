@@ -174,7 +174,9 @@ def classify_command(
         with atomic_write(folder / TABLE) as temporary:
             pd.DataFrame(list(known.values())).to_csv(temporary, index=False, float_format="%.6f")
     if labels is not None:
-        shares_of = {place: {name: float(known[key][name]) for name in classifier.class_names} for place in places if (key := identity_of(place)) in known}
+        shares_of = {
+            place: {name: float(known[key][name]) for name in classifier.class_names} for place in places if (key := identity_of(place)) in known
+        }
         report_scores(report, shares_of, labels, classifier.class_names, folder / "scores.json")
     return report.finish(as_json, {"seconds": ".1f"} | dict.fromkeys(classifier.class_names, ".3f"))
 
