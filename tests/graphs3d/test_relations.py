@@ -343,6 +343,8 @@ def test_the_command_answers_questions_about_the_users_boxes(tmp_path, capsys):
     assert main.run([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["files"][0]["state"] == "kept"
     assert main.run(["graphs3d", "ask", str(source), "-q", "Is it red?", "--checkpoint", str(weights), "-o", str(tmp_path / "bad")]) == 2
+    assert main.run(["graphs3d", "ask", "--demo", str(source)]) == 2
+    assert "files of scenes or --demo; got both" in capsys.readouterr().err
     assert main.run(["graphs3d", "ask", "--demo", "--checkpoint", str(weights), "-o", str(tmp_path / "demo"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["files"][0]["numbers"]["questions"] > 10
 

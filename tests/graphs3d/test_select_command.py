@@ -139,3 +139,22 @@ def test_what_cannot_be_selected_from_is_one_line_and_exit_code_two(tmp_path, ca
     assert len(said.strip().splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == [name]
     assert (tmp_path / name).read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--reduction", "nan"], "--reduction from 0 to below 1; got nan"),
+        (["--variant", "tree"], "a variant among mini_batch"),
+        (["--study", "nowhere/study.db"], "unable to open database file; name another"),
+        (["--study", "parts.csv"], "file is not a database; name another"),
+    ],
+)
+def test_a_search_that_cannot_begin_is_one_line_and_writes_nothing(table, tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert main.run(["graphs3d", "search", "parts.csv", "--target", "kind", "--trials", "1", *options]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -411,6 +411,9 @@ def test_the_command_goes_on_past_a_bad_film_and_keeps_what_is_there(classifier,
     (tmp_path / "truth.csv").write_text(f"file,label\n{films / 'a.png'},ill\n")
     assert run([*command, "--truth", str(tmp_path / "truth.csv")]) == 2
     assert "expected classes well, sick in" in capsys.readouterr().err
+    (out / "probabilities.csv").write_text("")
+    assert run([*command, "--overwrite"]) == 2
+    assert "as an earlier call wrote it; it cannot be read" in capsys.readouterr().err
     assert run(command[:3]) == 2
     assert "no weights of MEDUSA exist" in capsys.readouterr().err
 

@@ -129,6 +129,10 @@ def ask_command(
     Raises:
         UserError: no inputs, no weights, or an output that cannot be written.
     """
+    if demo and sources:
+        raise UserError("expected files of scenes or --demo; got both")
+    if not demo and not sources:
+        raise UserError("expected files of scenes to ask about; got none; name some, or try --demo")
     folder = Path(output or "answers")
     inputs = [] if demo else collect_inputs(sources, SUFFIXES, apart_from=folder)
     relations = Relations.from_pretrained(checkpoint, device) if checkpoint is not None or BUNDLED.exists() else None

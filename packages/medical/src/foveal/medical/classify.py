@@ -185,7 +185,10 @@ def _known(table: Path, class_names: Sequence[str]) -> dict[Path, dict[str, Any]
     """Rows that an earlier call left, by file; none where it knew other classes."""
     if not table.exists():
         return {}
-    frame = pd.read_csv(table, dtype={"film": str, "patient": str}, keep_default_na=False)
+    try:
+        frame = pd.read_csv(table, dtype={"film": str, "patient": str}, keep_default_na=False)
+    except (ValueError, OSError) as error:
+        raise UserError(f"expected {table} as an earlier call wrote it; it cannot be read: {error}; remove it, or choose another -o") from None
     if list(frame.columns) != ["film", "patient", "likeliest", *class_names]:
         raise UserError(f"expected {table} to be of the same classes ({', '.join(class_names)}); it is not; choose another -o/--output")
     return {identity_of(row["film"]): dict(row) for _, row in frame.iterrows()}
