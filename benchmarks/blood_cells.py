@@ -47,6 +47,8 @@ NETWORKS = ("YOLOv13-N", "YOLO11n")
 OPTIMIZERS = ("adamw", "muon", "ultralytics")
 #: Of what Muon leaves to Adam; found with YOLOv13-N and seed 0. AdamW has what ultralytics chooses.
 MUON_RATE = 0.005
+#: Of all but biases and norms, by ultralytics for any network.
+DECAY = 0.0005
 
 
 class YOLO11n(nn.Module):
@@ -81,15 +83,15 @@ class Beside(DetectionTask):
             self.network = other.to(memory_format=torch.channels_last)
 
 
-def train(name: str, optimizer: str, seed: int, epochs: int, image_size: int, folder: Path) -> dict[str, Any]:
+def train(name: str, optimizer: str, seed: int, epochs: int, image_size: int, folder: Path, decay: float = DECAY) -> dict[str, Any]:
     """Train one network, and measure it."""
     pl.seed_everything(seed, verbose=False)
     data = DetectionData(source=str(DATA), image_size=image_size, batch_size=4, seed=seed, augmentation={"mosaic": 0.0, "scale": 0.3, "flipud": 0.5})
     config = YOLOv13Config("n", classes=len(data.labels("train").names))
     chosen = round(0.002 * 5 / (4 + config.classes), 6)  # by ultralytics for small sets, of any network
     rate = MUON_RATE if optimizer == "muon" else chosen
-    task = Beside(name, config, optimizer=optimizer, learning_rate=rate, momentum=0.9, weight_decay=0.0005, warmup_epochs=2.0)
-    run = folder / f"{name}_{optimizer}_{seed}_{epochs}x{image_size}"
+    task = Beside(name, config, optimizer=optimizer, learning_rate=rate, momentum=0.9, weight_decay=decay, warmup_epochs=2.0)
+    run = folder / (f"{name}_{optimizer}_{seed}_{epochs}x{image_size}" + (f"_decay{decay}" if decay != DECAY else ""))
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_epochs=epochs, limit_val_batches=0, gradient_clip_val=10.0, logger=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=run,
@@ -99,7 +101,7 @@ def train(name: str, optimizer: str, seed: int, epochs: int, image_size: int, fo
     start = time.process_time()
     trainer.fit(task, data, ckpt_path=last if last.exists() else None)
     seconds = time.process_time() - start
-    return row(name, optimizer, seed, trainer.global_step, seconds, task.network, image_size)
+    return row(name, optimizer, seed, trainer.global_step, seconds, task.network, image_size, decay)
 
 
 def train_by_ultralytics(seed: int, epochs: int, image_size: int, folder: Path) -> dict[str, Any]:
@@ -134,12 +136,12 @@ def as_yolo(labels: Labels, folder: Path) -> None:
         np.savetxt(image.with_suffix(".txt"), rows, fmt=["%d"] + ["%.6f"] * 4)
 
 
-def row(name: str, optimizer: str, seed: int, steps: int, seconds: float, network: Any, image_size: int) -> dict[str, Any]:
+def row(name: str, optimizer: str, seed: int, steps: int, seconds: float, network: Any, image_size: int, decay: float = DECAY) -> dict[str, Any]:
     """What a trained network finds on the test pictures."""
     labels = read_labels(DATA, "test")
     found = evaluate(Detector(network.eval(), labels.names, image_size), labels)
     return {
-        "network": name, "optimizer": optimizer, "seed": seed, "steps": steps,
+        "network": name, "optimizer": optimizer, "weight_decay": decay, "seed": seed, "steps": steps,
         "parameters": sum(value.numel() for value in network.parameters()),
         "cpu_seconds_of_this_process": round(seconds, 1), **{key: round(found.numbers[key], 4) for key in ("AP", "AP50", "AP75")},
         "classes": {key: round(value, 4) for key, value in found.classes.items()},
@@ -154,6 +156,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS)
+    parser.add_argument("--weight-decay", type=float, default=DECAY, help="but of ultralytics' own trainer")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "blood_cells", help="folder of the checkpoints")
     parser.add_argument("--output", type=Path, default=RESULT)
     asked = parser.parse_args()
@@ -163,10 +166,12 @@ def main() -> None:
     for seed, name, optimizer in product(asked.seeds, asked.networks, asked.optimizers):
         if (name, optimizer) == ("YOLOv13-N", "ultralytics"):
             continue  # its trainer is there for its own network
-        if any((run["network"], run["optimizer"], run["seed"]) == (name, optimizer, seed) for run in measured(asked.output, budget)):
+        own = optimizer == "ultralytics"
+        decay = DECAY if own else asked.weight_decay
+        if any((*setting(run), run["seed"]) == (name, optimizer, decay, seed) for run in measured(asked.output, budget)):
             continue
         how = (seed, asked.epochs, asked.image_size, asked.runs)
-        found = train_by_ultralytics(*how) if optimizer == "ultralytics" else train(name, optimizer, *how)
+        found = train_by_ultralytics(*how) if own else train(name, optimizer, *how, decay)
         print(json.dumps(found), flush=True)
         asked.output.write_text(json.dumps(report([*measured(asked.output, budget), found], budget), indent=1) + "\n", encoding="utf-8")
 
@@ -177,14 +182,18 @@ def measured(path: Path, budget: dict[str, Any]) -> list[dict[str, Any]]:
     return written.get("runs", []) if written.get("budget") == budget else []
 
 
+def setting(run: dict[str, Any]) -> tuple[str, str, float]:
+    """Network, optimiser and weight decay of a training."""
+    return run["network"], run["optimizer"], run.get("weight_decay", DECAY)
+
+
 def report(runs: list[dict[str, Any]], budget: dict[str, Any]) -> dict[str, Any]:
     """The trainings, and of each network and optimiser the mean over the seeds."""
     means = {}
-    for name, optimizer in product(NETWORKS, OPTIMIZERS):
-        own = [run for run in runs if (run["network"], run["optimizer"]) == (name, optimizer)]
-        if own:
-            figures = {key: round(statistics.mean(run[key] for run in own), 4) for key in ("AP", "AP50", "AP75")}
-            means[f"{name}, {optimizer}"] = figures | {"seeds": len(own)}
+    for name, optimizer, decay in sorted({setting(run) for run in runs}, reverse=True):
+        own = [run for run in runs if setting(run) == (name, optimizer, decay)]
+        figures = {key: round(statistics.mean(run[key] for run in own), 4) for key in ("AP", "AP50", "AP75")}
+        means[f"{name}, {optimizer}" + (f", weight decay {decay}" if decay != DECAY else "")] = figures | {"seeds": len(own)}
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine, "budget": budget, "means": means, "runs": runs}
 
