@@ -98,7 +98,7 @@ def test_recording_and_wav_go_in_and_tables_and_a_picture_come_out(tmp_path, mak
 @pytest.mark.parametrize(
     ("envelope", "rate", "start", "complaint"),
     [(b"no array", 100.0, None, "expected an array of numbers"), (np.full(4000, np.nan), 100.0, None, "4000 of 4000 are not"),
-     (np.ones(4000), 0.0, None, "above 0 Hz"), (np.arange(4000.0), 100.0, "39.99", "at least 8 s of stimulus and EEG in common; got 0.0 s")],
+     (np.ones(4000), 0.0, None, "1 Hz or more; got 0"), (np.arange(4000.0), 100.0, "39.99", "at least 8 s of stimulus and EEG in common; got 0.0 s")],
 )  # fmt: skip
 def test_an_envelope_that_is_none_or_lies_at_the_recordings_end_is_one_line(tmp_path, make_raw, write_edf, capsys, envelope, rate, start, complaint):
     path = tmp_path / "e.npy"

@@ -250,6 +250,8 @@ def segment_command(
         with report.item(place) as entry, all_or_none(folder) as made:
             started = time.perf_counter()
             volume = read_volume(place, frame, series)
+            if np.ptp(volume.voxels) == 0:
+                raise UserError(f"expected a scan with something in it; every voxel of {place} is {volume.voxels.flat[0]:g}; export it again")
             entry.message = "; ".join(volume.notes)
             logits = segmenter.logits([volume])
             labels = volume.like(labels_of(logits))
