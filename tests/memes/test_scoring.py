@@ -213,6 +213,8 @@ def test_thresholds_are_fitted_from_a_labelled_table(weights, tmp_path, capsys) 
         calibrate_command([tmp_path / "t.csv"], **options)
     with pytest.raises(UserError, match="folder that can be created"):
         calibrate_command([tmp_path / "t.csv"], **{**options, "output": Path("/proc/self/no/c.json")})
+    with pytest.raises(UserError, match="labelled tables to fit thresholds to; got none"):
+        calibrate_command([], **options)
     (tmp_path / "few.csv").write_text("\n".join(lines[:10]) + "\n")
     with pytest.raises(UserError, match="at least 30"):
         calibrate_command([tmp_path / "few.csv"], **{**options, "overwrite": True})

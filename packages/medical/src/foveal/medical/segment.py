@@ -241,6 +241,8 @@ def segment_command(
     output_folder(folder, overwrite=True)
     endings = ["labels", "overlay", "attention", *(f"{structure.replace(' ', '_')}_probability" for structure in segmenter.class_names)]
     places = without_results(named, names_of, lambda name: results_of(folder, name, endings), scans)
+    if truth is not None and truth.is_file() and len(places) > 1:
+        raise UserError(f"expected a folder of reference labels for {len(places)} scans; --truth {truth} is one file")
     report, names = BatchReport(), names_of(places)
     for place, name in zip(places, names, strict=True):
         existing = sorted(folder.glob(f"{escape(name)}_labels.*"))
@@ -253,6 +255,7 @@ def segment_command(
             if np.ptp(volume.voxels) == 0:
                 raise UserError(f"expected a scan with something in it; every voxel of {place} is {volume.voxels.flat[0]:g}; export it again")
             entry.message = "; ".join(volume.notes)
+            reference = None if truth is None else _reference(truth, name, volume)  # looked at before the network works for nothing
             logits = segmenter.logits([volume])
             labels = volume.like(labels_of(logits))
             target = made / f"{name}_labels{output_suffix(volume)}"
@@ -263,7 +266,6 @@ def segment_command(
             for label, structure in enumerate(segmenter.class_names, 1):
                 unit, size = ("ml", volume.millilitres_of_a_voxel) if volume.kind != "picture" else ("pixels", 1.0)
                 entry.numbers[f"{structure} {unit}"] = float((labels.voxels == label).sum()) * size
-            reference = None if truth is None else _reference(truth, name, volume, len(places))
             if reference is not None:
                 classes = len(segmenter.class_names) + 1
                 entry.numbers["Dice"] = mean_known(dice_scores(labels.voxels, reference, classes))
@@ -300,15 +302,13 @@ def _write_probabilities(volume: Volume, logits: ndarray, names: Sequence[str], 
     return outputs
 
 
-def _reference(truth: Path, name: str, volume: Volume, count: int) -> ndarray | None:
+def _reference(truth: Path, name: str, volume: Volume) -> ndarray | None:
     """The reference labels of a scan: the file itself, or the file of its name in a folder; None where the folder has none."""
     if truth.is_dir():
         fitting = [path for path in sorted(truth.iterdir()) if stem_of(path) in (name, f"{name}_labels", f"{name}_seg", f"{name}-label")]
         if not fitting:
             return None
         truth = fitting[0]
-    elif count > 1:
-        raise UserError(f"expected a folder of reference labels for {count} scans; --truth {truth} is one file")
     labels = on_grid_of(read_volume(truth), volume)
     if labels.voxels.shape != volume.voxels.shape:
         raise UserError(f"expected reference labels on the grid of {volume.source} {volume.voxels.shape}; {truth} has {labels.voxels.shape}")

@@ -421,6 +421,8 @@ def calibrate_command(
     Raises:
         UserError: no labels, too few, or an output that exists.
     """
+    if not sources:
+        raise UserError("expected labelled tables to fit thresholds to; got none; name some")
     if output.exists() and not overwrite:
         raise UserError(f"{output} already exists; pass --overwrite to replace it, or choose another -o/--output")
     output_folder(output.parent)
