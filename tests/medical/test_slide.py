@@ -239,6 +239,7 @@ def test_features_of_another_width_are_refused(checkpoint, tmp_path, capsys):
         (["--features-only", "--encoder", "timm/nothing"], "expected a name of timm"),
         (["--features-only", "--encoder-weights", "x.pth"], "expected the network of --encoder-weights"),
         (["--features-only", "--encoder", ENCODER, "--tissue", "2"], "--tissue from 0 to 1"),
+        (["--features-only", "--encoder", ENCODER, "--mpp", "nan"], "--mpp above 0"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_in_a_line(slide, tmp_path, capsys, options, message):

@@ -28,7 +28,7 @@ from foveal.medical.plots import regions_figure, restoration_figure
 from foveal.medical.regions import region_volume, superpixels
 from foveal.medical.restoration_metrics import fidelity
 from foveal.medical.segment import collect_scans, results_of
-from foveal.medical.volumes import Volume, names_of, on_grid_of, output_suffix, read_volume, stem_of, write_volume
+from foveal.medical.volumes import Volume, names_of, on_grid_of, output_suffix, read_volume, refuse_blank, stem_of, write_volume
 
 
 class Restorer:
@@ -155,6 +155,8 @@ def restore_command(
             "expected --checkpoint: no restoration weights ship with foveal; train them (configs/medical/rat_small.yaml) "
             "or convert the authors' with: foveal medical convert rat SOURCE OUT.safetensors"
         )
+    if value_range is not None and not (np.isfinite(value_range).all() and value_range[0] < value_range[1]):
+        raise UserError(f"expected --value-range from a lower to a higher value; got {value_range[0]:g} to {value_range[1]:g}")
     folder = output or Path("restored")
     named = collect_scans(scans, folder)
     places = without_results(named, names_of, lambda name: results_of(folder, name, ("restored", "restored_picture", "regions")), scans)
@@ -174,6 +176,7 @@ def restore_command(
         with report.item(place) as entry, all_or_none(folder) as made:
             started = time.perf_counter()
             volume = read_volume(place, frame, series)
+            refuse_blank(volume, place)
             low, high = restorer.range_of(volume)
             entry.message = "; ".join([*volume.notes, f"values from {low:g} to {high:g}"])
             parts = restorer.regions(volume, _beside(regions, name))

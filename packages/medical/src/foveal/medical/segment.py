@@ -36,6 +36,7 @@ from foveal.medical.volumes import (
     on_grid_of,
     output_suffix,
     read_volume,
+    refuse_blank,
     stem_of,
     suffix_of,
     write_volume,
@@ -252,8 +253,7 @@ def segment_command(
         with report.item(place) as entry, all_or_none(folder) as made:
             started = time.perf_counter()
             volume = read_volume(place, frame, series)
-            if np.ptp(volume.voxels) == 0:
-                raise UserError(f"expected a scan with something in it; every voxel of {place} is {volume.voxels.flat[0]:g}; export it again")
+            refuse_blank(volume, place)
             entry.message = "; ".join(volume.notes)
             reference = None if truth is None else _reference(truth, name, volume)  # looked at before the network works for nothing
             logits = segmenter.logits([volume])
