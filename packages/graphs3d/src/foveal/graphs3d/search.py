@@ -6,8 +6,10 @@ The published abstracts say that the hashing variants want it. A trial selects f
 from __future__ import annotations
 
 import json
+import sqlite3
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,12 +73,11 @@ def search(
     until then counts.
 
     Raises:
-        UserError: Optuna is not installed, the table is too small to hold rows out, or `storage` cannot be opened.
+        UserError: Optuna is not installed, or the table is too small to hold rows out.
         KeyboardInterrupt: before the first trial was done.
     """
     try:
         import optuna
-        from sqlalchemy.exc import SQLAlchemyError
     except ImportError:
         raise UserError('expected optuna to be installed; it is not; run: pip install "foveal-graphs3d[search]"') from None
     random = np.random.default_rng(seed)
@@ -100,13 +101,9 @@ def search(
         return accuracy if reduction is not None else accuracy * share
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        study = optuna.create_study(
-            direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed), storage=storage, study_name="gais", load_if_exists=True
-        )
-    except SQLAlchemyError as error:
-        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
-        raise UserError(f"expected --study to be a search's file, or a new one in an existing folder; {storage}: {reason}; name another") from None
+    study = optuna.create_study(
+        direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed), storage=storage, study_name="gais", load_if_exists=True
+    )
     try:
         study.optimize(objective, n_trials=trials, callbacks=[_say])
     except KeyboardInterrupt:
@@ -116,6 +113,14 @@ def search(
     else:
         study.set_user_attr("stopped", False)
     return suggest(optuna.trial.FixedTrial(study.best_params), reduction, variant), study
+
+
+def _refuse_unusable(study: Path) -> None:
+    try:
+        with closing(sqlite3.connect(study)) as connection:
+            connection.execute("PRAGMA schema_version")
+    except sqlite3.Error as error:
+        raise UserError(f"expected --study to be a search's file, or a new one in an existing folder; {study}: {error}; name another") from None
 
 
 def _done(study: optuna.Study) -> int:
@@ -181,6 +186,8 @@ def search_command(
     table = read_table(source)
     known = table[table[target].notna()] if target in table.columns else table
     features, codes, _ = features_and_target(known, target, ignore)
+    if study is not None:
+        _refuse_unusable(study)
     settings, found = search(
         features, codes, trials=trials, reduction=reduction, variant=variant, classifier=classifier, seed=seed,
         storage=None if study is None else f"sqlite:///{study}",
