@@ -23,10 +23,11 @@ from foveal.detection import Detections, Detector, YOLOv13, YOLOv13Config
 from foveal.detection.data.labels import Labels, read_labels
 from foveal.detection.data.sets import DetectionData
 from foveal.detection.evaluate import evaluate
+from foveal.detection.masks import Masks, outline_of
 from foveal.detection.metrics import average_precision, coco_ground_truth, coco_oriented, turned_boxes
 from foveal.detection.models.heads import Prediction, Segment
 from foveal.detection.postprocess import corners_of_turned, probabilistic_overlap, suppress
-from foveal.detection.predict import Options, outline_of
+from foveal.detection.predict import Options
 from foveal.detection.tasks.detection import DetectionTask
 
 SIZE, SIDE = (96, 64), 192
@@ -280,5 +281,7 @@ def test_what_detect_writes_is_read_again_as_labels_and_by_pycocotools(task: str
 
 
 def test_a_mask_of_nothing_is_written_as_its_box() -> None:
-    found = Detections((100, 50), np.array([[10.0, 10, 30, 40]]), np.array([0.5]), np.array([1]), ["cat", "dog"], masks=np.zeros((1, 50, 100), bool))
+    found = Detections(
+        (100, 50), np.array([[10.0, 10, 30, 40]]), np.array([0.5]), np.array([1]), ["cat", "dog"], masks=Masks.of(np.zeros((1, 50, 100), bool))
+    )
     assert found.to_yolo() == "1 0.100000 0.200000 0.300000 0.200000 0.300000 0.800000 0.100000 0.800000\n"

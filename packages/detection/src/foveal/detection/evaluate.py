@@ -94,7 +94,7 @@ def evaluate(detector: Detector, labels: Labels, score: float = 0.25, progress: 
     numbers = dict(zip(labels.names, labels.numbers or range(len(labels.names)), strict=True))
     predictions: list[dict[str, Any]] = []
     confusion = np.zeros((len(labels.names) + 1, len(labels.names) + 1))
-    everything = Options(score=0.001, most=300, several=True, run_lengths=True)
+    everything = Options(score=0.001, most=300, several=True)
     further = _further(detector, labels)
     more: list[dict[str, Any]] = []
     for picture in track(labels.pictures, "measuring", console=Console(stderr=True), disable=not progress):

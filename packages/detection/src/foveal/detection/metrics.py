@@ -15,6 +15,7 @@ from pycocotools.cocoeval import COCOeval, Params
 
 from foveal.core.errors import UserError
 from foveal.detection.data.labels import LabelledPicture, Labels
+from foveal.detection.masks import Masks, encoded
 from foveal.detection.postprocess import corners_of_turned, probabilistic_overlap
 
 #: The twelve numbers of COCO, in its order.
@@ -114,21 +115,13 @@ def coco_predictions(number: int, boxes: np.ndarray, scores: np.ndarray, categor
     ]
 
 
-def coco_masks(number: int, masks: Iterable[Any], scores: np.ndarray, categories: Sequence[int]) -> list[dict[str, Any]]:
-    """Masks found in picture `number` as COCO's result files have them; `masks` are arrays (height, width) or run lengths."""
+def coco_masks(number: int, masks: Masks | Iterable[np.ndarray], scores: np.ndarray, categories: Sequence[int]) -> list[dict[str, Any]]:
+    """Masks found in picture `number` as COCO's result files have them; `masks` may be arrays (height, width) too."""
+    lengths = (masks.run_lengths(row) for row in range(len(masks))) if isinstance(masks, Masks) else (encoded(mask) for mask in masks)
     return [
-        {
-            "image_id": number, "category_id": int(category), "score": float(score),
-            "segmentation": encoded(mask) if isinstance(mask, np.ndarray) else mask,
-        }
-        for mask, score, category in zip(masks, scores, categories, strict=True)
-    ]  # fmt: skip
-
-
-def encoded(mask: np.ndarray) -> dict[str, Any]:
-    """A mask (height, width) as COCO's run lengths, fit for JSON."""
-    found: Any = run_lengths.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": [int(value) for value in found["size"]], "counts": found["counts"].decode("ascii")}
+        {"image_id": number, "category_id": int(category), "score": float(score), "segmentation": mask}
+        for mask, score, category in zip(lengths, scores, categories, strict=True)
+    ]
 
 
 def coco_keypoints(number: int, keypoints: np.ndarray, scores: np.ndarray, categories: Sequence[int]) -> list[dict[str, Any]]:

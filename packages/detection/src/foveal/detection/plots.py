@@ -31,10 +31,14 @@ def draw(image: UInt8[np.ndarray, "height width 3"], found: Detections) -> UInt8
     """A copy of the picture with its objects: boxes, names and scores, and masks or keypoints where there are any."""
     canvas = Image.fromarray(image).convert("RGB")
     if found.masks is not None:
-        shaded = np.asarray(canvas).astype(np.float32)
-        for mask, number in zip(found.masks, found.classes, strict=True):
-            shaded[mask] = 0.55 * shaded[mask] + 0.45 * np.array(colour_of(int(number)))
-        canvas = Image.fromarray(shaded.round().astype(np.uint8))
+        shaded = np.array(canvas)
+        for row, number in enumerate(found.classes):
+            left, top, inside = found.masks.crop(row)
+            part = shaded[top : top + inside.shape[0], left : left + inside.shape[1]]
+            for channel, value in enumerate(colour_of(int(number))):
+                lighter = (0.55 * np.arange(256) + 0.45 * value).round().astype(np.uint8)
+                part[..., channel][inside] = lighter[part[..., channel][inside]]
+        canvas = Image.fromarray(shaded)
     pen = ImageDraw.Draw(canvas)
     shorter = min(canvas.size)
     width, size = max(2, round(shorter / 300)), max(11, round(shorter / 45))

@@ -29,7 +29,7 @@ from foveal.core.files import atomic_write
 from foveal.core.resumable import ResumableDataLoader
 from foveal.detection.data.pictures import PICTURES, read_picture
 from foveal.detection.data.projection import Crop, Scene, drawn_bag, drawn_crops, project, read_crops
-from foveal.detection.metrics import encoded
+from foveal.detection.masks import encoded
 from foveal.detection.models.sdanet_loss import Objects
 
 CLASSES = ("Baton", "Pliers", "Hammer", "Powerbank", "Scissors", "Wrench", "Gun", "Bullet", "Sprayer", "HandCuffs", "Knife", "Lighter")
