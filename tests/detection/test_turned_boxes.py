@@ -136,7 +136,9 @@ def test_only_turned_boxes_are_right_where_objects_are_turned(folder: Path, blun
     data = DetectionData(source=str(folder), task="oriented", image_size=SIDE, batch_size=3)
     (logged,) = trainer.test(learner, data, verbose=False)
     assert logged["test/AP"] == pytest.approx(1.0)
-    for name in ("oriented_AP", "oriented_AP50", "oriented_AP75", "oriented_AP_ship"):
+    assert by_command.polygons is not None
+    assert by_command.polygons.numbers["AP"] == pytest.approx(0.0 if blunt else 1.0)
+    for name in ("oriented_AP", "oriented_AP50", "oriented_AP75", "oriented_AP_ship", "polygon_AP", "polygon_AP50", "polygon_AP_ship"):
         assert logged[f"test/{name}"] == pytest.approx(0.0 if blunt else 1.0), name
     (first, *_) = trainer.predict(learner, data)
     assert [found.boxes.shape for found in first] == [(2, 5)] * 3
@@ -197,7 +199,9 @@ def test_turned_boxes_are_learned_and_measured_by_the_commands(folder: Path, tmp
     metadata = {"names": json.dumps(["ship", "plane"]), "image_size": "64"}
     weights = save_weights(tmp_path / "x.safetensors", task.network.state_dict(), system="yolov13", config=task.network.config, metadata=metadata)
     assert run(["detection", "evaluate", str(folder), "--checkpoint", str(weights), "-o", str(tmp_path / "out")]) == 0
-    assert "oriented: AP " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "oriented: AP " in printed
+    assert "polygons: AP " in printed
     measured = json.loads((tmp_path / "out" / "metrics.json").read_text())["oriented"]
     predictions = json.loads((tmp_path / "out" / "predictions_oriented.json").read_text())
     again, _ = average_precision(coco_ground_truth(read_labels(folder, "test"), "oriented"), predictions, "oriented")

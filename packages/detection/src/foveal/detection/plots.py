@@ -33,8 +33,8 @@ def draw(image: UInt8[np.ndarray, "height width 3"], found: Detections) -> UInt8
     if found.masks is not None:
         shaded = np.array(canvas)
         for row, number in enumerate(found.classes):
-            left, top, inside = found.masks.crop(row)
-            part = shaded[top : top + inside.shape[0], left : left + inside.shape[1]]
+            start, first, inside = found.masks.crop(row)
+            part = shaded[first : first + inside.shape[0], start : start + inside.shape[1]]
             for channel, value in enumerate(colour_of(int(number))):
                 lighter = (0.55 * np.arange(256) + 0.45 * value).round().astype(np.uint8)
                 part[..., channel][inside] = lighter[part[..., channel][inside]]

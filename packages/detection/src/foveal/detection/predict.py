@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,11 @@ from foveal.detection.data.pictures import read_picture
 from foveal.detection.masks import Masks
 from foveal.detection.models.inference import inference_form
 from foveal.detection.models.yolov13 import YOLOv13
+from foveal.detection.polygons import shared_areas
 from foveal.detection.postprocess import Found, back_to_picture, corners_of_turned, letterbox, masks_in_picture, suppress, turned_in_picture
+
+if TYPE_CHECKING:
+    from ultralytics.engine.results import Results
 
 #: Where the package's own weights are.
 WEIGHTS = Path(__file__).parent / "weights"
@@ -75,6 +79,19 @@ class Detections:
                 entry["outline"] = self.masks.outline(row)
             found.append(entry)
         return found
+
+    def to_ultralytics(self, picture: Picture) -> Results:
+        """The same as ``ultralytics.engine.results.Results``, which has their plots, tables and text files; shapes as in `to_results`.
+
+        Args:
+            picture: that was looked at: the file, or the upright RGB array (height, width, 3) of bytes.
+
+        Raises:
+            UserError: no picture, or one of another size.
+        """
+        from foveal.detection.results import to_results
+
+        return to_results(self, picture)
 
     def to_yolo(self, scores: bool = False) -> str:
         """Lines of a YOLO label file, in shares of the picture: class, then the outline of a mask, or the corners of a turned box, or centre and
@@ -324,17 +341,9 @@ def _covered(box: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 def _covered_turned(box: np.ndarray, others: np.ndarray) -> np.ndarray:
     """The same of turned boxes."""
-    import cv2
-
-    def rectangle(one: np.ndarray) -> Any:
-        return (float(one[0]), float(one[1])), (float(one[2]), float(one[3])), float(np.degrees(one[4]))
-
-    areas = []
-    for other in others:
-        _, points = cv2.rotatedRectangleIntersection(rectangle(box), rectangle(other))
-        common = 0.0 if points is None else cv2.contourArea(cv2.convexHull(points))
-        areas.append(common / max(min(box[2] * box[3], other[2] * other[3]), 1e-9))
-    return np.array(areas)
+    own = corners_of_turned(np.repeat(box[None], len(others), 0).astype(float))
+    common = shared_areas(own, corners_of_turned(others.astype(float)))
+    return common / np.maximum(np.minimum(box[2] * box[3], others[:, 2] * others[:, 3]), 1e-9)
 
 
 def _rows(found: Detections, kept: np.ndarray) -> Detections:
