@@ -242,7 +242,7 @@ def evaluate_command(
         with atomic_write(folder / name) as temporary:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
     for name, figure in (
-        ("precision_recall.png", draw_precision_recall(found.curves)),
+        ("precision_recall.png", draw_precision_recall({name: curve for name, curve in found.curves.items() if found.classes[name] >= 0})),
         ("confusion.png", draw_confusion(found.confusion, labels.names, score)),
     ):
         with atomic_write(folder / name) as temporary:
@@ -263,4 +263,6 @@ def evaluate_command(
 
 def _print_scores(title: str, numbers: dict[str, float], classes: dict[str, float], shown: tuple[str, ...]) -> None:
     print(title + "  ".join(f"{name} {numbers[name]:.3f}" for name in shown))
-    print(title + "  ".join(f"{name} {value:.3f}" for name, value in classes.items()))
+    asked = {name: value for name, value in classes.items() if value >= 0}
+    absent = len(classes) - len(asked)
+    print(title + "  ".join(f"{name} {value:.3f}" for name, value in asked.items()) + (f"  ({absent} classes without objects)" if absent else ""))

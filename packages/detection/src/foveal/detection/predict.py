@@ -202,7 +202,7 @@ class Detector:
         assert isinstance(model, YOLOv13)
         place = resolve_device(device)
         listed = names or json.loads(weights.metadata.get("names", "null")) or [str(number) for number in range(model.config.classes)]
-        size = image_size or int(weights.metadata.get("image_size", 640))
+        size = int(weights.metadata.get("image_size", 640)) if image_size is None else image_size
         return cls(inference_form(model).to(place), listed, size, place)
 
     def __call__(self, pictures: Picture | Iterable[Picture], **options: Any) -> list[Detections]:
@@ -316,11 +316,15 @@ class Detector:
     def _only(self, found: Detections, classes: Sequence[str] | None) -> Detections:
         if classes is None:
             return found
+        self.refuse_unknown(classes)
+        wanted = [number for number, name in enumerate(self.names) if name in classes]
+        return _rows(found, np.isin(found.classes, wanted))
+
+    def refuse_unknown(self, classes: Sequence[str]) -> None:
+        """Raise UserError for names that are of none of the network's classes."""
         unknown = sorted(set(classes) - set(self.names))
         if unknown:
             raise UserError(f"expected classes among {', '.join(self.names)}; got {', '.join(unknown)}")
-        wanted = [number for number, name in enumerate(self.names) if name in classes]
-        return _rows(found, np.isin(found.classes, wanted))
 
 
 def _starts(length: int, tile: int, overlap: float) -> list[int]:
