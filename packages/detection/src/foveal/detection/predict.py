@@ -220,7 +220,15 @@ class Detector:
         return [self.detect(read_picture(picture) if isinstance(picture, str | Path) else picture, chosen) for picture in several]
 
     def detect(self, image: UInt8[np.ndarray, "height width 3"], options: Options | None = None) -> Detections:
-        """Objects of one picture."""
+        """Objects of one picture.
+
+        Args:
+            image: upright RGB of bytes, (height, width, 3).
+            options: how they are looked for.
+
+        Raises:
+            UserError: another kind of array, or classes that the network does not know.
+        """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
             raise UserError(f"expected a picture of bytes, (height, width, 3); got {image.dtype} {image.shape}")
         options = options or Options()
