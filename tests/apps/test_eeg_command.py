@@ -50,6 +50,10 @@ def test_options_reach_the_tokenizer(recording, tmp_path, capfd):
         (["--channels", "Pz"], "expected channels of the recording"),
         (["--band", "30", "1"], "expected a band"),
         (["--montage", "round"], "auto, bipolar or single"),
+        (["--notch", "9999"], "--notch below half the recording's 256 Hz"),
+        (["--notch", "nan"], "--notch in Hz, or 0 for none; got nan"),
+        (["--window", "nan"], "--window in seconds above 0; got nan"),
+        (["--seed", "-1"], "Invalid value for '--seed'"),
         (["--checkpoint", "missing.safetensors"], "missing.safetensors"),
     ],
 )

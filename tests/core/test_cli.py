@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +16,8 @@ from safetensors import safe_open
 from foveal.core.cli import FovealCLI
 from foveal.core.errors import UserError
 from foveal.core.tracking import Wandb
+
+HERE = Path(__file__).parent
 
 
 def test_a_runs_folder_holds_config_metrics_curves_checkpoints_and_wandb(
@@ -103,6 +108,33 @@ def test_predict_writes_every_answer_with_what_it_is_the_answer_to(
         assert header == {
             "items": list(range(5))[2 * number : 2 * number + 2], "names": batch.names, "values": {"more.0.kind": "sum", "more.0.sure": None}
         }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_predict_every_item_once_and_say_which_is_which(workplace: Path) -> None:
+    command = ["predict", "--config", "toy.yaml", "--data.init_args.batch_size", "2"]
+    alone = FovealCLI("toys", [*command, "--experiment", "alone"])
+    assert alone.run_folder is not None
+    arguments = [*command, "--experiment", "both", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    (workplace / "both.py").write_text(f"from foveal.core.cli import FovealCLI\nFovealCLI('toys', {arguments!r})\n")
+    done = subprocess.run(
+        [sys.executable, "both.py"], env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True, text=True, timeout=500, check=True
+    )
+    (folder,) = (workplace / "runs" / "toys" / "both").glob("*/predictions")
+    assert done.stdout.rstrip().endswith(f"predictions of 3 batches: {folder.relative_to(workplace)}"), "of both, and said once"
+    assert done.stderr.count("no --ckpt_path") == 1
+
+    def answers(place: Path) -> dict[int, float]:
+        found: list[tuple[int, float]] = []
+        for file in place.iterdir():
+            with safe_open(file, "pt") as stored:
+                found += zip(json.loads(stored.metadata()["items"]), stored.get_tensor("value").flatten().tolist(), strict=True)
+        assert len({item for item, _ in found}) == len(found), "an item is in one file"
+        return dict(found)
+
+    expected = answers(alone.run_folder / "predictions")
+    assert answers(folder) == pytest.approx(expected, rel=1e-6)
+    assert sorted(expected) == [0, 1, 2, 3, 4]
 
 
 def test_evaluating_leaves_the_working_folders_own_config_alone_and_says_where_no_checkpoint_was_named(

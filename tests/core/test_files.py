@@ -70,9 +70,29 @@ def test_a_missing_input_an_empty_folder_and_no_input_are_the_users_to_mend(tmp_
         collect_inputs([], {".wav"})
 
 
-def test_an_output_folder_is_made_with_its_parents_and_keeps_what_is_in_it(tmp_path: Path) -> None:
+def test_a_file_that_is_named_twice_in_different_words_is_one_input_by_the_name_that_came_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "calls").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "calls")
+    for name in ("a.wav", "b.wav"):
+        (tmp_path / "calls" / name).write_text(name)
+    (tmp_path / "calls" / "newest.wav").symlink_to("b.wav")
+    monkeypatch.chdir(tmp_path)
+    relative = Path("calls/a.wav")
+    assert collect_inputs([relative, relative.resolve(), "calls/../calls/a.wav", "linked/a.wav"], {".wav"}) == [relative]
+    found = collect_inputs([relative.resolve(), "calls", "linked"], {".wav"})
+    assert found == [relative.resolve(), Path("calls/b.wav"), Path("calls/newest.wav")], "two names in a folder stay two"
+
+
+def test_an_output_folder_is_made_by_the_first_file_written_and_keeps_what_is_in_it(tmp_path: Path) -> None:
     folder = output_folder(tmp_path / "a" / "b")
-    (folder / "kept.wav").write_text("old")
+    assert list(tmp_path.iterdir()) == [], "nothing is made before there is something to write"
+    with pytest.raises(UserError, match="no sound"), atomic_write(folder / "kept.wav"):
+        raise UserError("no sound")
+    assert list(tmp_path.iterdir()) == [], "nor where the writing fails"
+    with atomic_write(folder / "kept.wav") as temporary:
+        temporary.write_text("old")
     assert output_folder(folder) == folder
     with pytest.raises(UserError, match=r"kept\.wav already exists; pass --overwrite"):
         output_folder(folder, names=["kept.wav"])
@@ -124,13 +144,22 @@ def test_several_results_are_there_together_or_not_at_all(tmp_path: Path) -> Non
         (place / "b.csv").write_text("new")
         assert (tmp_path / "a.csv").read_text() == "old"
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.csv": "new", "b.csv": "new"}
-    with pytest.raises(UserError, match="choose another output"), all_or_none(tmp_path / "gone"):
-        pass
+    with all_or_none(tmp_path / "later"):
+        assert not (tmp_path / "later").exists()
+    assert not (tmp_path / "later").exists(), "made for nothing"
+    with all_or_none(tmp_path / "later") as place:
+        (place / "a.csv").write_text("new")
+    assert [path.name for path in (tmp_path / "later").iterdir()] == ["a.csv"]
 
 
-def test_a_write_into_a_missing_folder_is_the_users_to_mend(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected to be able to write"), atomic_write(tmp_path / "gone" / "a.wav"):
-        pass
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that not even root can write")
+def test_a_write_where_no_folder_can_be_made_is_the_users_to_mend(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "below", Path("/proc/self/gone")):
+        with pytest.raises(UserError, match="expected to be able to write"), atomic_write(folder / "a.wav"):
+            pass
+        with pytest.raises(UserError, match="expected to be able to write"), all_or_none(folder):
+            pass
 
 
 def test_a_batch_goes_on_past_a_bad_file_and_says_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -91,13 +92,13 @@ def test_recording_and_wav_go_in_and_tables_and_a_picture_come_out(tmp_path, mak
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"r_efr.csv", "r_lags.csv", "r_pairs.csv", "r_efr.png"}
     assert efr_command(path, tmp_path / "s.wav", output=tmp_path / "bad", start="99", as_json=True) == 2
     assert "inside the recording" in json.loads(capsys.readouterr().out)["files"][0]["message"]
-    assert list((tmp_path / "bad").iterdir()) == []
+    assert not (tmp_path / "bad").exists()
 
 
 @pytest.mark.parametrize(
     ("envelope", "rate", "start", "complaint"),
     [(b"no array", 100.0, None, "expected an array of numbers"), (np.full(4000, np.nan), 100.0, None, "4000 of 4000 are not"),
-     (np.ones(4000), 0.0, None, "above 0 Hz"), (np.arange(4000.0), 100.0, "39.99", "at least 8 s of stimulus and EEG in common; got 0.0 s")],
+     (np.ones(4000), 0.0, None, "1 Hz or more; got 0"), (np.arange(4000.0), 100.0, "39.99", "at least 8 s of stimulus and EEG in common; got 0.0 s")],
 )  # fmt: skip
 def test_an_envelope_that_is_none_or_lies_at_the_recordings_end_is_one_line(tmp_path, make_raw, write_edf, capsys, envelope, rate, start, complaint):
     path = tmp_path / "e.npy"
@@ -117,3 +118,60 @@ def test_signals_that_cannot_be_compared_are_refused(change, complaint):
     arguments = {"stimulus": generator.standard_normal(5000), "eeg": generator.standard_normal((1, 5000)), **change}
     with pytest.raises(UserError, match=complaint):
         following_response(**arguments, rate=RATE, channels=["a"])
+
+
+@pytest.fixture
+def heard(tmp_path, make_raw, write_edf):
+    """A recording of 40 s, and stimuli by name."""
+    random = np.random.default_rng(0)
+    envelope = random.uniform(0, 1, 3000)
+    broken = envelope.copy()
+    broken[7] = np.nan
+    arrays = {
+        "good": envelope,
+        "nan": broken,
+        "still": np.ones(3000),
+        "none": np.zeros(0),
+        "two": random.uniform(0, 1, (2, 1500)),
+        "complex": 1j * envelope,
+    }
+    for name, values in arrays.items():
+        np.save(tmp_path / f"{name}.npy", values)
+    wavfile.write(tmp_path / "nan.wav", 8000, np.where(np.arange(80_000) == 9, np.nan, random.standard_normal(80_000)).astype(np.float32))
+    wavfile.write(tmp_path / "silent.wav", 8000, np.zeros(80_000, np.int16))
+    (tmp_path / "text.wav").write_text("no sound")
+    (tmp_path / "folder.wav").mkdir()
+    return write_edf(tmp_path / "r.edf", make_raw(40))
+
+
+@pytest.mark.parametrize(
+    ("stimulus", "options", "message"),
+    [
+        ("nan.npy", {}, "expected finite samples"),
+        ("nan.wav", {}, "expected finite samples"),
+        ("still.npy", {}, "that varies; .* is 1 throughout"),
+        ("silent.wav", {}, "that varies; .* is 0 throughout"),
+        ("none.npy", {}, "it holds none"),
+        ("two.npy", {}, r"one row of real numbers .* shape \(2, 1500\)"),
+        ("complex.npy", {}, "one row of real numbers .* complex128"),
+        ("text.wav", {}, "convert it to wav"),
+        ("folder.wav", {}, "is a folder"),
+        ("good.npy", {"stimulus_rate": float("nan")}, "1 Hz or more; got nan"),
+        ("good.npy", {"start": "nan"}, "expected a start inside the recording"),
+        ("good.npy", {"notch": -5.0}, "--notch below half"),
+        ("good.npy", {"notch": 200.0}, "--notch below half"),
+    ],
+)
+def test_a_stimulus_or_an_option_that_cannot_be_is_named_and_nothing_is_made(heard, tmp_path, capsys, stimulus, options, message):
+    asked = {"stimulus_rate": 100.0, "surrogates": 19, **options}
+    assert efr_command(heard, tmp_path / stimulus, output=tmp_path / "out", as_json=True, **asked) == 2
+    assert re.search(message, json.loads(capsys.readouterr().out)["files"][0]["message"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_channel_alone_has_a_response_and_an_empty_table_of_pairs(heard, tmp_path, capsys):
+    options = {"output": tmp_path / "out", "surrogates": 19, "stimulus_rate": 100.0, "channels": ["C3"]}
+    assert efr_command(heard, tmp_path / "good.npy", **options) == 0
+    assert (tmp_path / "out" / "r_pairs.csv").read_text().splitlines() == ["pair,frequency_hz,csd,imaginary_coherency"]
+    with pytest.raises(UserError, match="--highest of 1 Hz or more; got -3"):
+        efr_command(heard, tmp_path / "good.npy", **{**options, "highest": -3.0})

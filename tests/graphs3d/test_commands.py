@@ -20,6 +20,7 @@ from foveal.graphs3d.equation_of_state import equation_of_state
 from foveal.graphs3d.file_runs import stems
 from foveal.graphs3d.models.equiformer_v3 import EquiformerV3, EquiformerV3Config
 from foveal.graphs3d.phonons import crystal_phonons, molecule_modes
+from foveal.graphs3d.plots import draw_modes
 from foveal.graphs3d.relax import relax
 from foveal.graphs3d.tasks.potential import PotentialTask
 
@@ -216,6 +217,26 @@ def test_option_that_cannot_be_is_one_line(arguments, message, tmp_path, capsys,
     assert run(["graphs3d", arguments[0], str(tmp_path / "cu.xyz"), "-o", str(tmp_path / "o"), *arguments[1:], *checkpoint]) == 2
     error = capsys.readouterr()
     assert message in error.err + error.out
+
+
+@pytest.mark.parametrize("verb", ["label", "relax", "md", "phonons", "evaluate"])
+def test_atoms_on_one_another_are_named_also_where_a_method_would_answer_with_nan(verb, weights, tmp_path, capsys):
+    atoms = ase.build.bulk("Cu", "fcc", a=3.6, cubic=True)
+    atoms.positions[2] = atoms.positions[1]
+    ase.io.write(tmp_path / "twice.xyz", atoms)
+    chosen = ["--checkpoint", str(weights), "--device", "cpu"] if verb == "evaluate" else ["--method", "emt"]
+    assert run(["graphs3d", verb, str(tmp_path / "twice.xyz"), "-o", str(tmp_path / "o"), "--json", *chosen]) == 2
+    (entry,) = json.loads(capsys.readouterr().out)["files"]
+    assert "expected atoms at least 0.05 A apart; atoms 1 and 2 are 0 A apart" in entry["message"].replace("atoms 2 and 1", "atoms 1 and 2")
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_picture_of_a_molecules_vibrations_leaves_the_motions_of_the_whole_apart():
+    waves = np.array([-150.0, -0.3, 0.1, 900.0])
+    figure = draw_modes(waves, np.array([False, True, True, False]), "HCl")
+    whole, real, imaginary = figure.axes[0].collections
+    assert [len(lines.get_segments()) for lines in (whole, real, imaginary)] == [2, 1, 1]
+    assert figure.axes[0].get_title(loc="left") == "HCl, 2 vibrations (grey: the 2 motions of the whole)"
 
 
 def test_an_empty_file_is_named_and_what_exists_is_kept(tmp_path, capsys):

@@ -12,7 +12,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 
 from foveal.core.errors import UserError
-from foveal.graphs3d.data.edge_batches import EdgeBatches, EdgeBatchLoader
+from foveal.graphs3d.data.edge_batches import EdgeBatches, EdgeBatchLoader, EdgeCounts
 from foveal.graphs3d.data.files import StructureFiles
 from foveal.graphs3d.data.labelled import Corruption, LabelledGraphs, collate_labelled
 from foveal.graphs3d.data.sources import open_structures
@@ -141,6 +141,67 @@ def test_every_epoch_has_as_many_batches_as_the_first():
     resumed.set_epoch(5)
     packing.set_epoch(5)
     assert resumed.batches() == packing.batches()
+
+
+def crowd(count: int, seed: int = 0) -> list[ase.Atoms]:
+    """Rows of 2 to 12 atoms, 1 A apart: a cutoff of 1.5 A gives two edges fewer than twice the atoms."""
+    sizes = np.random.default_rng(seed).integers(2, 13, count)
+    return [ase.Atoms("H" * size, positions=np.stack([np.arange(size), np.zeros(size), np.zeros(size)], 1)) for size in sizes]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_large_set_is_packed_as_it_comes_within_its_edges_into_as_many_batches_as_were_said(seed):
+    structures = crowd(300, seed)
+    edges = [2 * len(atoms) - 2 for atoms in structures]
+    for shuffle in (True, False):
+        counts = EdgeCounts(LabelledGraphs(structures, 1.5))
+        packing = EdgeBatches(counts, 8, 40, shuffle=shuffle, seed=seed, sample=40)
+        said = len(packing)
+        assert counts.listed == 40, "more was listed than the sample"
+        stream = iter(packing)
+        next(stream)
+        assert counts.listed <= 60, "more was listed than the first batch asks for"
+        for epoch in range(3):
+            packing.set_epoch(epoch)
+            batches = list(packing)
+            assert len(batches) == said == len(packing)
+            items = [index for batch in batches for _, index in batch]
+            assert len(items) == len(set(items))
+            assert len(items) >= (0.85 if shuffle else 1.0) * len(structures), "what a rough sample is wrong by"
+            assert all(sum(edges[index] for _, index in batch) <= 40 and 0 < len(batch) <= 8 for batch in batches)
+
+
+def test_a_stopped_epoch_of_a_large_set_goes_on_without_listing_what_is_done():
+    def loader():
+        counts = EdgeCounts(LabelledGraphs(crowd(900), 1.5))
+        return counts, EdgeBatchLoader(LabelledGraphs(crowd(900), 1.5), counts, 8, 40, collate_fn=collate_labelled)
+
+    _, first = loader()
+    stream = iter(first)
+    for _ in range(60):
+        next(stream)
+    state = first.state_dict()
+    rest = [batch.graph.numbers.tolist() for batch in stream]
+    counts, second = loader()
+    second.load_state_dict(state)
+    resumed = iter(second)
+    again = [next(resumed).graph.numbers.tolist() for _ in range(5)]
+    assert again == rest[:5]
+    assert counts.listed < 500 + 60, "of what is done no more than the sample is listed"
+    assert again + [batch.graph.numbers.tolist() for batch in resumed] == rest
+    older = {name: value for name, value in state.items() if name != "begin"}
+    _, third = loader()
+    third.load_state_dict(older)
+    assert [batch.graph.numbers.tolist() for batch in third] == rest, "as a run of several processes does"
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_processes_share_a_large_set_and_have_equally_many_batches(shares, shuffle):
+    found = shares(EdgeCounts(LabelledGraphs(crowd(302), 1.5)), 8, 40, shuffle=shuffle, sample=60)
+    assert len({len(share) for share in found}) == 1
+    items = [index for share in found for batch in share for index in batch]
+    assert len(items) == len(set(items))
+    assert len(items) >= (0.85 if shuffle else 1.0) * 302
 
 
 @pytest.fixture

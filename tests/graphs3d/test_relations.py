@@ -343,5 +343,19 @@ def test_the_command_answers_questions_about_the_users_boxes(tmp_path, capsys):
     assert main.run([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["files"][0]["state"] == "kept"
     assert main.run(["graphs3d", "ask", str(source), "-q", "Is it red?", "--checkpoint", str(weights), "-o", str(tmp_path / "bad")]) == 2
+    assert main.run(["graphs3d", "ask", "--demo", str(source)]) == 2
+    assert "files of scenes or --demo; got both" in capsys.readouterr().err
     assert main.run(["graphs3d", "ask", "--demo", "--checkpoint", str(weights), "-o", str(tmp_path / "demo"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["files"][0]["numbers"]["questions"] > 10
+
+
+def test_scenes_of_one_name_in_two_folders_both_get_answers(tmp_path, capsys):
+    weights = Relations(RelationDecoder(SMALL)).save(tmp_path / "w.safetensors")
+    for folder, far in (("a", 3), ("b", 1)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "room.json").write_text(json.dumps([box("chair", (0, 0, 0)), box("chair", (far, 0, 0)), box("table", (1.6, 0.3, 0))]))
+    command = ["graphs3d", "ask", str(tmp_path / "a"), str(tmp_path / "b"), "--checkpoint", str(weights), "-o", str(tmp_path / "out"), "--json"]
+    assert main.run([*command, "-q", "Which chair is nearest to the table?"]) == 0
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert [entry["state"] for entry in files] == ["done", "done"]
+    assert len({output for entry in files for output in entry["outputs"]}) == 4

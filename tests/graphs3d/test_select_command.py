@@ -124,6 +124,10 @@ def test_ctrl_c_leaves_the_best_settings_until_then_and_the_code_of_a_stopped_co
         ("a.csv", "x,kind\n1,a\n2,b\n3,a\n", ("--size", "2", "--tolerance", "0.1"), "one of --reduction, --size and --tolerance"),
         ("a.csv", "x,kind\n1,a\n2,b\n3,a\n", ("--variant", "tree"), "variant"),
         ("a.csv", "x,kind\n1,a\n2,b\n3,a\n", ("-o", "a.txt"), "expected an output ending in"),
+        ("a.csv", "x,far,kind\n1,1,a\n2,inf,b\n3,,a\n", (), "column 'far' holds infinity; mend it, or leave it out with --ignore"),
+        ("a.csv", "x,kind\n1,a\n2,b\n3,a\n", ("-o", "./a.csv", "--overwrite"), "a.csv would be replaced by its own"),
+        ("a.csv", "x,kind\n1,a\n2,b\n3,a\n", ("--size", "0"), "expected --size to be an int in the range [1, inf); got 0"),
+        ("a.csv", "x,kind\n1,a\n2,b\n3,a\n", ("--reduction", "nan"), "expected --reduction to be a float in the range [0.0, 1.0); got nan"),
     ],
 )
 def test_what_cannot_be_selected_from_is_one_line_and_exit_code_two(tmp_path, capsys, monkeypatch, name, content, options, message):
@@ -134,3 +138,23 @@ def test_what_cannot_be_selected_from_is_one_line_and_exit_code_two(tmp_path, ca
     assert message in said
     assert len(said.strip().splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+    assert (tmp_path / name).read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--reduction", "nan"], "--reduction from 0 to below 1; got nan"),
+        (["--variant", "tree"], "a variant among mini_batch"),
+        (["--study", "nowhere/study.db"], "unable to open database file; name another"),
+        (["--study", "parts.csv"], "file is not a database; name another"),
+    ],
+)
+def test_a_search_that_cannot_begin_is_one_line_and_writes_nothing(table, tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert main.run(["graphs3d", "search", "parts.csv", "--target", "kind", "--trials", "1", *options]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -368,7 +368,7 @@ def test_weights_keep_what_a_users_film_needs(classifier, tmp_path):
         again(np.zeros((2, 3, 8, 8)))
 
 
-def test_the_command_goes_on_past_a_bad_film_and_keeps_what_is_there(classifier, tmp_path, capsys, write_dicom):
+def test_the_command_goes_on_past_a_bad_film_and_keeps_what_is_there(classifier, tmp_path, capsys, write_dicom, monkeypatch):
     weights, films, out = classifier.save(tmp_path / "tiny.safetensors"), tmp_path / "films", tmp_path / "out"
     films.mkdir()
     Image.fromarray(rendered(False, 0)).save(films / "a.png")
@@ -393,6 +393,14 @@ def test_the_command_goes_on_past_a_bad_film_and_keeps_what_is_there(classifier,
     states = [entry["state"] for entry in json.loads(capsys.readouterr().out)["files"]]
     assert sorted(states) == ["failed", "failed", "kept", "kept"]
     assert len(pd.read_csv(out / "probabilities.csv")) == 2
+    monkeypatch.chdir(tmp_path)
+    again = [*command[:2], "films/a.png", str(films / "a.png"), "films", *command[3:], "--json"]
+    assert run(again) == 2
+    assert [entry["state"] for entry in json.loads(capsys.readouterr().out)["files"]].count("kept") == 2, "a film is the same by another name"
+    assert run([*again, "--overwrite"]) == 2
+    assert pd.read_csv(out / "probabilities.csv")["film"].tolist() == ["films/a.png", "films/b.dcm"]
+    assert run([*command, "--overwrite"]) == 2
+    capsys.readouterr()
     (tmp_path / "truth.csv").write_text(f"file,label\n{films / 'a.png'},well\n{films / 'b.dcm'},sick\n")
     assert run([*command, "--json", "--truth", str(tmp_path / "truth.csv")]) == 2
     scores = json.loads((out / "scores.json").read_text())
@@ -403,6 +411,9 @@ def test_the_command_goes_on_past_a_bad_film_and_keeps_what_is_there(classifier,
     (tmp_path / "truth.csv").write_text(f"file,label\n{films / 'a.png'},ill\n")
     assert run([*command, "--truth", str(tmp_path / "truth.csv")]) == 2
     assert "expected classes well, sick in" in capsys.readouterr().err
+    (out / "probabilities.csv").write_text("")
+    assert run([*command, "--overwrite"]) == 2
+    assert "as an earlier call wrote it; it cannot be read" in capsys.readouterr().err
     assert run(command[:3]) == 2
     assert "no weights of MEDUSA exist" in capsys.readouterr().err
 

@@ -125,6 +125,21 @@ def test_without_weights_the_command_says_how_to_get_some(tmp_path, capsys):
     assert "no restoration weights ship" in capsys.readouterr().err
 
 
+def test_a_blank_scan_and_a_range_that_is_none_are_refused(tmp_path, capsys):
+    weights = save_weights(
+        tmp_path / "rat.safetensors",
+        tiny().state_dict(),
+        system="rat",
+        config=RATConfig(width=8, middle_layers=3, encoder_blocks=(1, 1), decoder_blocks=(1, 1)),
+    )
+    Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "a.png")
+    command = ["medical", "restore", str(tmp_path / "a.png"), "-o", str(tmp_path / "out"), "--checkpoint", str(weights)]
+    for options, message in (([], "every voxel of"), (["--value-range", "5", "5"], "got 5 to 5"), (["--value-range", "nan", "5"], "got nan to 5")):
+        assert run([*command, *options]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_slice_of_paired_volumes_is_learned_from(tmp_path):
     generator = np.random.default_rng(0)
     for part in ("train", "test"):

@@ -188,10 +188,15 @@ def test_a_dicom_folder_among_files_is_one_scan(segmenter, scan, write_series, t
         (["nowhere.nii.gz"], "nowhere.nii.gz does not exist"),
         (["{scan}", "--truth", "nowhere"], "check --truth"),
         (["{scan}", "--checkpoint", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
+        (["{folder}/blank.nii.gz"], "every voxel of"),
+        (["{scan}", "{folder}/blank.nii.gz", "--truth", "{scan}"], "expected a folder of reference labels for 2 scans"),
+        (["{scan}", "--truth", "{folder}/blank.nii.gz"], "expected reference labels on the grid of"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line_and_exit_code_two(scan, tmp_path, capsys, arguments, message):
-    given = [part.format(scan=scan) for part in arguments]
+def test_what_the_user_can_mend_is_one_line_and_exit_code_two(scan, tmp_path, capsys, monkeypatch, arguments, message):
+    nibabel.save(nibabel.Nifti1Image(np.zeros((8, 9, 4), np.int16), np.eye(4)), tmp_path / "blank.nii.gz")
+    given = [part.format(scan=scan, folder=tmp_path) for part in arguments]
+    monkeypatch.setattr(Segmenter, "logits", lambda *_: pytest.fail("the network worked for nothing"))
     assert run(["medical", "segment", *given, "-o", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
 

@@ -216,6 +216,15 @@ def test_a_bag_with_one_tile_is_classified_and_says_so(checkpoint, tmp_path, cap
     assert not (tmp_path / "out" / "placeless_attention.png").exists()
 
 
+@pytest.mark.parametrize("content", ["", "name,tiles\nx,1\n"])
+def test_a_damaged_table_of_an_earlier_call_is_named_and_left_as_it_is(checkpoint, tmp_path, capsys, content):
+    write_features(tmp_path / "one.h5", SlideFeatures(np.ones((1, WIDTH), np.float32)))
+    (tmp_path / "slides.csv").write_text(content)
+    assert run(["medical", "slide", str(tmp_path / "one.h5"), "-o", str(tmp_path), "--checkpoint", str(checkpoint)]) == 2
+    assert "slides.csv, as an earlier call wrote it" in capsys.readouterr().err.replace("slides.csv as", "slides.csv, as")
+    assert (tmp_path / "slides.csv").read_text() == content
+
+
 def test_features_of_another_width_are_refused(checkpoint, tmp_path, capsys):
     write_features(tmp_path / "narrow.h5", SlideFeatures(np.ones((3, 5), np.float32)))
     entry = failing([tmp_path / "narrow.h5"], tmp_path, capsys, "--checkpoint", str(checkpoint))[0]
@@ -230,6 +239,7 @@ def test_features_of_another_width_are_refused(checkpoint, tmp_path, capsys):
         (["--features-only", "--encoder", "timm/nothing"], "expected a name of timm"),
         (["--features-only", "--encoder-weights", "x.pth"], "expected the network of --encoder-weights"),
         (["--features-only", "--encoder", ENCODER, "--tissue", "2"], "--tissue from 0 to 1"),
+        (["--features-only", "--encoder", ENCODER, "--mpp", "nan"], "--mpp above 0"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_in_a_line(slide, tmp_path, capsys, options, message):

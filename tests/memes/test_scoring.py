@@ -182,6 +182,8 @@ def test_what_the_user_can_mend_is_one_line(tmp_path, weights) -> None:
         collect_items([tmp_path / "t.csv"])
     with pytest.raises(UserError, match="does not exist"):
         collect_items([tmp_path / "nowhere"])
+    (tmp_path / "twice.csv").write_text("text\nthe same\nthe same\n")
+    assert len(collect_items([tmp_path / "twice.csv", tmp_path / "." / "twice.csv"])) == 2, "rows may be alike, a table counts once"
     (tmp_path / "labels.csv").write_text("text,label\na,maybe\n")
     with pytest.raises(UserError, match="expected 0 or 1 as label"):
         collect_items([tmp_path / "labels.csv"], label_column="label")
@@ -209,8 +211,10 @@ def test_thresholds_are_fitted_from_a_labelled_table(weights, tmp_path, capsys) 
     assert (fitted.task, fitted.fitted_on) == ("harmful", 40)
     with pytest.raises(UserError, match="already exists"):
         calibrate_command([tmp_path / "t.csv"], **options)
-    with pytest.raises(UserError, match="expected an existing folder"):
-        calibrate_command([tmp_path / "t.csv"], **{**options, "output": tmp_path / "no" / "c.json"})
+    with pytest.raises(UserError, match="folder that can be created"):
+        calibrate_command([tmp_path / "t.csv"], **{**options, "output": Path("/proc/self/no/c.json")})
+    with pytest.raises(UserError, match="labelled tables to fit thresholds to; got none"):
+        calibrate_command([], **options)
     (tmp_path / "few.csv").write_text("\n".join(lines[:10]) + "\n")
     with pytest.raises(UserError, match="at least 30"):
         calibrate_command([tmp_path / "few.csv"], **{**options, "overwrite": True})

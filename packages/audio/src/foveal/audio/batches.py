@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from foveal.audio.audio_files import SUFFIXES, open_recording
 from foveal.audio.recordings import RecordingProcessor
 from foveal.core.errors import UserError
-from foveal.core.files import collect_inputs, output_folder, output_names, without_results
+from foveal.core.files import collect_inputs, each_once, output_folder, output_names, without_results
 from foveal.core.reports import BatchReport, Entry
 
 #: Makes a practitioner's `--demo`: what applies the network, the output folder, whether to overwrite, and what to note.
@@ -97,7 +97,7 @@ def _process_files(
     inputs: list[Path] = []
     for file in files:
         with report.item(file) as missing:
-            inputs += [found for found in collect_inputs([file], SUFFIXES, apart_from=folder) if found not in inputs]
+            inputs = each_once([*inputs, *collect_inputs([file], SUFFIXES, apart_from=folder)])
         if missing.state == "done":
             report.entries.remove(missing)
     sources = {path.resolve() for path in inputs}

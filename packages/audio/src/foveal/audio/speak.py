@@ -32,7 +32,7 @@ from foveal.audio.voice import Voice, read_voice
 from foveal.core.checkpoint import load_weights
 from foveal.core.device import resolve_device
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write, collect_inputs, output_folder, output_names
+from foveal.core.files import atomic_write, collect_inputs, each_once, output_folder, output_names
 from foveal.core.reports import BatchReport, Entry
 
 #: The small trained voice that ships with the package; its card stands beside it.
@@ -364,7 +364,7 @@ def _files_to_say(files: Sequence[Path], output: Path | None, report: BatchRepor
     found: list[Path] = []
     for file in files:
         with report.item(file) as missing:
-            found += [path for path in collect_inputs([file], (".txt",)) if path not in found]
+            found = each_once([*found, *collect_inputs([file], (".txt",))])
         if missing.state == "done":
             report.entries.remove(missing)
     if len(files) == 1 and not files[0].is_dir() and output is not None and output.suffix:
@@ -379,8 +379,7 @@ def _check_outputs(targets: Sequence[Path], plot: Path | None) -> None:
     for target in targets:
         if target.suffix.lower() != ".wav":
             raise UserError(f"expected an output that ends in .wav; got {target}; choose another -o/--output")
-        if not target.parent.is_dir():
-            raise UserError(f"expected an existing folder for the output; {target.parent} is none; create it or choose another -o/--output")
+        output_folder(target.parent)
     if plot is not None and (plot.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg") or not plot.parent.is_dir()):
         raise UserError(f"expected --plot in an existing folder, ending in .png, .pdf, .svg or .jpg; got {plot}")
 

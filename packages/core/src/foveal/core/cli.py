@@ -262,14 +262,14 @@ class FovealCLI(LightningCLI):
             settings.trainer.default_root_dir = settings.trainer.default_root_dir or str(folder)  # config.yaml goes there
         elif not fitting:
             self.save_config_callback = None  # it would replace a config.yaml of the working folder
-        if not fitting and not settings.ckpt_path:
+        if not fitting and not settings.ckpt_path and not told:
             print(
                 f"no --ckpt_path: this is the network as the config makes it, without what a run learned; see foveal {self.domain} fit",
                 file=sys.stderr,
             )
         settings.resume_point.folder = settings.best.dirpath = str(folder / "checkpoints") if fitting else None
         self._place_logger(settings, folder, experiment)
-        if resumed:
+        if resumed and not told:
             print(f"resuming {folder} from {Path(settings.ckpt_path).name}", file=sys.stderr)
 
     def _experiment_of_config(self) -> str:

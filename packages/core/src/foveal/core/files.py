@@ -26,23 +26,40 @@ def collect_inputs(paths: Iterable[str | Path], suffixes: Iterable[str], apart_f
         UserError: a path does not exist, or a folder holds no such file, or nothing was named.
     """
     wanted = {suffix.lower() for suffix in suffixes}
-    found: set[Path] = set()
+    found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
             fitting = (file for file in path.rglob("*") if file.suffix.lower() in wanted and file.is_file() and not _is_hidden(file, path))
-            inside = set(outside(fitting, path, apart_from))
+            inside = outside(fitting, path, apart_from)
             if not inside:
                 raise UserError(
                     f"expected files ending in {', '.join(sorted(wanted))} in folder {path}; found none; name another folder or the files"
                 )
-            found |= inside
+            found += inside
         elif path.exists():
-            found.add(path)
+            found.append(path)
         else:
             raise UserError(f"expected an existing file or folder; {path} does not exist; check the path")
     if not found:
         raise UserError("expected at least one input file or folder; none was named")
-    return sorted(found)
+    return sorted(each_once(found))
+
+
+def each_once(files: Iterable[Path]) -> list[Path]:
+    """Every file as it was named first, however often and however it is named again: from here, from the root, or by a folder that holds it.
+
+    Two names of one file in a folder, as links are, stay two.
+    """
+    found: dict[Path, Path] = {}
+    for file in files:
+        found.setdefault(identity_of(file), file)
+    return list(found.values())
+
+
+def identity_of(file: str | Path) -> Path:
+    """What a file is the same by: its folder, wherever a link to this lies, and its own name."""
+    path = Path(file)
+    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
 
 
 def _is_hidden(file: Path, folder: Path) -> bool:
@@ -108,7 +125,9 @@ def output_names(files: Sequence[Path]) -> list[str]:
 
 
 def output_folder(path: str | Path, overwrite: bool = False, names: Iterable[str] = ()) -> Path:
-    """Create the folder `path` if need be, and make sure that files can be written into it.
+    """Make sure that files can be written into the folder `path`; where it does not exist yet, the first that `atomic_write` writes makes it.
+
+    A command that refuses what it was given leaves no empty folder then.
 
     Args:
         path: the folder.
@@ -119,17 +138,15 @@ def output_folder(path: str | Path, overwrite: bool = False, names: Iterable[str
         UserError: `path` is a file, cannot be created or written, or holds one of `names` and `overwrite` is false.
     """
     folder = Path(path)
+    there = _there(folder)
+    if not there.is_dir():
+        raise UserError(f"expected a folder for the output; {folder} is, or lies below, a file; choose another -o/--output")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"expected a folder for the output; {folder} is, or lies below, a file; choose another -o/--output") from None
-    except OSError as error:
-        raise UserError(f"expected an output folder that can be created; {folder}: {error.strerror}; choose another -o/--output") from None
-    try:
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise UserError(f"expected an output folder that can be written; {folder}: {error.strerror}; choose another -o/--output") from None
+        wanted = "written" if there == folder else "created"
+        raise UserError(f"expected an output folder that can be {wanted}; {folder}: {error.strerror}; choose another -o/--output") from None
     if not overwrite:
         for name in names:
             if (folder / name).exists():
@@ -137,38 +154,47 @@ def output_folder(path: str | Path, overwrite: bool = False, names: Iterable[str
     return folder
 
 
+def _there(folder: Path) -> Path:
+    """`folder`, or of those above it the nearest one that exists: on the same disk, so that what is written there can be moved to `folder`."""
+    return next(place for place in (folder, *folder.parents, Path()) if os.path.lexists(place))
+
+
 @contextmanager
 def all_or_none(folder: str | Path) -> Iterator[Path]:
     """Give a folder to write several results into, which are moved to `folder` together when the block ends well; otherwise nothing is left.
 
-    An interrupted run has no half set of results then, which a later one would take for a whole.
+    An interrupted run has no half set of results then, which a later one would take for a whole. `folder` is made when there is something to move.
 
     Raises:
         UserError: `folder` cannot be written.
     """
     target = Path(folder)
     try:
-        made = tempfile.TemporaryDirectory(prefix=".results-", dir=target)
+        made = tempfile.TemporaryDirectory(prefix=".results-", dir=_there(target))
     except OSError as error:
         raise UserError(f"expected to be able to write into {target}; {error.strerror}; choose another output") from None
     with made as place:
         yield Path(place)
-        for file in sorted(Path(place).iterdir()):
-            os.replace(file, target / file.name)
+        try:
+            for file in sorted(Path(place).iterdir()):
+                target.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target / file.name)
+        except OSError as error:
+            raise UserError(f"expected to be able to write into {target}; {error.strerror}; choose another output") from None
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to, and rename it to `path` when the block ends well; otherwise nothing is left.
+    """Give a path to write to, and rename it to `path`, whose folder is made, when the block ends well; otherwise nothing is left.
 
     The temporary name keeps the suffix of `path`, because writers of sounds and pictures choose the format by it.
 
     Raises:
-        UserError: the folder does not exist or cannot be written, or the disk is full.
+        UserError: the folder cannot be made or written, or the disk is full.
     """
     target = Path(path)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=_there(target.parent))
     except OSError as error:
         raise UserError(f"expected to be able to write {target}; {error.strerror}; choose another output") from None
     os.close(handle)
@@ -178,6 +204,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)  # mkstemp makes files that only the owner may read
+        target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary, target)
     except OSError as error:
         raise UserError(f"expected to be able to write {target}; {error.strerror or error}; free some space or choose another output") from error

@@ -6,6 +6,9 @@
 What a network answers with, whatever it is made of, becomes tensors by name: an answer that is one tensor is ``prediction``, fields and keys go by
 their own names and lists by numbers, joined by dots (``0.boxes``). The header holds ``items``, the numbers of the batch's items in the order of the
 data, ``names``, where the data have names, and ``values``: what is said in numbers and words, as JSON.
+
+Where several processes predict (``--trainer.devices 2``) they take turns at the items and each writes its own files, such as
+``process_1_batch_00000.safetensors``; ``items`` says which they are, so that sorting by it gives the order of the data.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from foveal.core.files import atomic_write
+from foveal.core.processes import of_every_process
 
 
 class WritePredictions(BasePredictionWriter):
@@ -69,8 +73,9 @@ class WritePredictions(BasePredictionWriter):
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say where they are."""
+        written = sum(of_every_process(trainer, self._written))
         if trainer.is_global_zero:
-            print(f"predictions of {self._written} batches: {self.folder}" if self._written else "nothing was predicted: the data have no batch")
+            print(f"predictions of {written} batches: {self.folder}" if written else "nothing was predicted: the data have no batch")
 
 
 def names_of(batch: Any) -> list[str]:

@@ -13,6 +13,7 @@ over frequencies (or lags) and channels together by Benjamini and Hochberg's fal
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from scipy.fft import next_fast_len
 from scipy.io import wavfile
 
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write, output_folder
+from foveal.core.files import all_or_none, output_folder
 from foveal.core.reports import BatchReport
 from foveal.eeg.events import relative_annotations
 from foveal.eeg.montages import derive
@@ -37,6 +38,8 @@ from foveal.eeg.recordings import open_recording
 #: Length of Welch's segments: bins of half a hertz. The paper reports responses at 8-11, 53-56 and 78-81 Hz.
 SEGMENT_SECONDS = 2.0
 LARGEST_LAG = 0.5
+#: Names of more channels stand beside the picture, where they hide no curve.
+_BESIDE = 8
 
 
 @dataclass
@@ -96,7 +99,7 @@ class FollowingResponse:
             pd.DataFrame({"pair": name, "frequency_hz": self.frequency, "csd": np.abs(self.cross[p]), "imaginary_coherency": self.imaginary[p]})
             for p, name in enumerate(self.pairs)
         ]
-        return pd.concat(rows, ignore_index=True)
+        return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=["pair", "frequency_hz", "csd", "imaginary_coherency"])
 
 
 def envelope(samples: Float[ndarray, " samples"], rate: float, target: float) -> Float[ndarray, " resampled"]:
@@ -227,7 +230,10 @@ def draw_response(found: FollowingResponse, title: str = "") -> Figure:
         axes.set_ylabel(unit)
         axes.set_xlabel("Frequency (Hz)" if axes is not lagged else "EEG after the envelope (ms)")
         axes.grid(alpha=0.25)
-    gain.legend(fontsize=7, frameon=False, ncols=2)
+    if len(found.channels) > _BESIDE:
+        figure.legend(*gain.get_legend_handles_labels(), fontsize=7, frameon=False, loc="outside right center")
+    else:
+        gain.legend(fontsize=7, frameon=False, ncols=2)
     if found.pairs:
         cross.legend(fontsize=7, frameon=False, ncols=2)
     figure.suptitle(f"{title}  {found.seconds:.0f} s", fontsize=11, x=0.01, ha="left")
@@ -236,26 +242,44 @@ def draw_response(found: FollowingResponse, title: str = "") -> Figure:
 
 def _read_stimulus(path: Path, rate: float | None, target: float) -> ndarray:
     if not path.is_file():
-        raise UserError(f"expected a stimulus; {path} does not exist; check the path")
+        raise UserError(f"expected a stimulus; {path} {'is a folder; name a file in it' if path.is_dir() else 'does not exist; check the path'}")
     if path.suffix.lower() == ".npy":
         if rate is None:
             raise UserError(f"expected --stimulus-rate with the envelope {path}; an array holds none")
-        if rate <= 0:
-            raise UserError(f"expected --stimulus-rate above 0 Hz; got {rate:g}")
+        if not 1 <= rate < np.inf:
+            raise UserError(f"expected --stimulus-rate of 1 Hz or more; got {rate:g}")
         try:
-            values = np.load(path, allow_pickle=False).astype(float).ravel()
+            values = np.load(path, allow_pickle=False)
         except (ValueError, TypeError, EOFError, OSError) as error:
-            raise UserError(f"expected an array of numbers in {path}; it cannot be read: {error}") from None
-        if not np.isfinite(values).all():
-            raise UserError(f"expected finite samples in {path}; {int((~np.isfinite(values)).sum())} of {len(values)} are not; mend the envelope")
+            raise UserError(f"expected an array of numbers in {path}; it cannot be read: {error}; write it with numpy.save") from None
+        if values.dtype.kind not in "biuf" or values.ndim < 1 or values.size != max(values.shape):
+            raise UserError(
+                f"expected one row of real numbers in {path}; got {values.dtype} of shape {values.shape}; choose a row, and its magnitude"
+            )
+        values = values.astype(float).ravel()
+        _refuse_unusable(values, path)
         at = np.arange(0, len(values) / rate, 1 / target)
         found = np.interp(at, np.arange(len(values)) / rate, values)
         return (found - found.mean()) / (found.std() + 1e-12)
     try:
-        own, samples = wavfile.read(path)
-    except ValueError as error:
-        raise UserError(f"expected a wav file or .npy as stimulus; {path} cannot be read: {error}") from None
-    return envelope(samples.astype(float).mean(1) if samples.ndim == 2 else samples, own, target)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # of chunks that are no samples
+            own, samples = wavfile.read(path)
+    except (ValueError, EOFError, OSError) as error:
+        reason = str(error).split(". ")[0].rstrip(".")
+        raise UserError(f"expected a wav file or .npy as stimulus; {path} cannot be read: {reason}; convert it to wav") from None
+    sound = samples.astype(float).mean(1) if samples.ndim == 2 else samples.astype(float)
+    _refuse_unusable(sound, path)
+    return envelope(sound, own, target)
+
+
+def _refuse_unusable(samples: Float[ndarray, " samples"], path: Path) -> None:
+    if not len(samples):
+        raise UserError(f"expected samples in {path}; it holds none; name another stimulus")
+    if not np.isfinite(samples).all():
+        raise UserError(f"expected finite samples in {path}; {int((~np.isfinite(samples)).sum())} of {len(samples)} are not; mend the stimulus")
+    if np.ptp(samples) == 0:
+        raise UserError(f"expected a stimulus that varies; {path} is {samples[0]:g} throughout; name another")
 
 
 def _start_of(raw: mne.io.BaseRaw, start: str | None) -> float:
@@ -307,8 +331,10 @@ def efr_command(
         0, or 2 where it could not be done.
 
     Raises:
-        UserError: an output folder that cannot be written.
+        UserError: an output folder that cannot be written, or a highest frequency that is none.
     """
+    if not highest >= 1:
+        raise UserError(f"expected --highest of 1 Hz or more; got {highest:g}")
     folder, report = output_folder("efr" if output is None else output), BatchReport()
     targets = [folder / f"{recording.stem}{suffix}" for suffix in ("_efr.csv", "_lags.csv", "_pairs.csv", "_efr.png")]
     present = [str(target) for target in targets if target.exists()]
@@ -319,9 +345,11 @@ def efr_command(
         raw = open_recording(recording)
         chosen, rate = derive(raw, "single", list(channels) or None), float(raw.info["sfreq"])
         begin = _start_of(raw, start)
-        first = round(begin * rate)
-        if not 0 <= first < raw.n_times:
-            raise UserError(f"expected a start inside the recording of {raw.n_times / rate:.1f} s; got {begin:g} s")
+        if not 0 <= begin < raw.n_times / rate:
+            raise UserError(f"expected a start inside the recording of {raw.n_times / rate:.1f} s; got {begin:g} s; choose another --start")
+        if not 0 <= notch < rate / 2:
+            raise UserError(f"expected --notch below half the recording's {rate:g} Hz, or 0 for none; got {notch:g}")
+        first = min(round(begin * rate), raw.n_times - 1)
         asked = _read_stimulus(stimulus, stimulus_rate, rate)
         samples = raw.get_data(picks=list(chosen.picks), start=first, stop=min(raw.n_times, first + len(asked)), verbose="error") * 1e6
         if not np.isfinite(samples).all():
@@ -331,11 +359,10 @@ def efr_command(
         if notch:
             samples = signal.filtfilt(*signal.iirnotch(notch, 30, fs=rate), samples)
         found = following_response(asked, samples, rate, chosen.names, highest, surrogates, seed)
-        for target, table in zip(targets, (found.table(), found.lag_table(), found.pair_table()), strict=False):
-            with atomic_write(target) as temporary:
-                table.to_csv(temporary, index=False, float_format="%.6g")
-        with atomic_write(targets[3]) as temporary:
-            draw_response(found, recording.name).savefig(temporary, dpi=130)
+        with all_or_none(folder) as made:
+            for target, table in zip(targets[:3], (found.table(), found.lag_table(), found.pair_table()), strict=True):
+                table.to_csv(made / target.name, index=False, float_format="%.6g")
+            draw_response(found, recording.name).savefig(made / targets[3].name, dpi=130)
         entry.outputs = [str(target) for target in targets]
         place = np.unravel_index(found.coherence.argmax(), found.coherence.shape)
         entry.numbers = {"seconds": found.seconds, "channels": len(found.channels), "significant bins": float((found.coherence_p < 0.05).sum()),

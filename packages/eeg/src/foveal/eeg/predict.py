@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from foveal.core.checkpoint import load_weights
 from foveal.core.device import resolve_device
 from foveal.core.errors import UserError
-from foveal.core.files import all_or_none, atomic_write, output_folder, output_names, without_results
+from foveal.core.files import all_or_none, atomic_write, each_once, output_folder, output_names, without_results
 from foveal.core.reports import BatchReport, Entry
 from foveal.eeg import events as event_files
 from foveal.eeg.analysis import codebook_use
@@ -209,7 +209,7 @@ def batch(
     folder = targets_of("")[0].parent
     for file in files:
         with report.item(file) as missing:
-            inputs += [found for found in find_recordings(file, apart_from=folder) if found not in inputs]
+            inputs = each_once([*inputs, *find_recordings(file, apart_from=folder)])
         if missing.state == "done":
             report.entries.remove(missing)
     inputs = without_results(without_twins(inputs), output_names, targets_of, files)
@@ -317,12 +317,17 @@ def adjusted(
     """A preparation with what the user asked for on the command line; montage ``auto`` and no channels leave those of the weights.
 
     Raises:
-        UserError: no such montage, or a band that is none.
+        UserError: no such montage, a band that is none, or a number that cannot be.
     """
     if montage not in ("auto", "bipolar", "single"):
         raise UserError(f"expected --montage auto, bipolar or single; got {montage}")
     if band is not None and not 0 < band[0] < band[1]:
         raise UserError(f"expected a band from a lower to a higher frequency above 0; got {band[0]:g} to {band[1]:g}")
+    if notch is not None and not 0 <= notch < np.inf:
+        raise UserError(f"expected --notch in Hz, or 0 for none; got {notch:g}")
+    for name, seconds in (("--window", window), ("--step", step)):
+        if seconds is not None and not 0 < seconds < np.inf:
+            raise UserError(f"expected {name} in seconds above 0; got {seconds:g}")
     kept = montage if montage != "auto" else preparation.montage
     changed = replace(preparation, montage=kept, channels=tuple(channels) or preparation.channels, notch=notch)  # type: ignore[arg-type]
     if band is not None:

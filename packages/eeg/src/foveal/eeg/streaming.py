@@ -84,6 +84,8 @@ class WindowedRecording:
         if preparation.window < 1 or self.step < 1:
             step = preparation.window if preparation.step is None else preparation.step
             raise UserError(f"expected windows of at least 1 s and a step above 0; got {preparation.window:g} s and {step:g} s")
+        if preparation.notch is not None and preparation.notch >= self.rate / 2:
+            raise UserError(f"expected --notch below half the recording's {self.rate:g} Hz, or 0 for none; got {preparation.notch:g}")
         if preparation.band is not None and preparation.band[0] >= 0.45 * self.rate:
             raise UserError(f"expected a band that begins below {0.45 * self.rate:g} Hz, for this recording's rate; got {preparation.band[0]:g} Hz")
         seconds = raw.n_times / self.rate

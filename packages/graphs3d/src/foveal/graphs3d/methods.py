@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import ase
-from ase.calculators.calculator import Calculator, CalculatorError, InputError, PropertyNotImplementedError
+from ase.calculators.calculator import Calculator, CalculatorError, InputError, PropertyNotImplementedError, all_changes
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from foveal.core.errors import UserError
-from foveal.graphs3d.data.neighbors import check_structure
+from foveal.graphs3d.data.neighbors import check_structure, refuse_overlap
 from foveal.graphs3d.data.structures import UNITS, without_labels
 
 #: Word on the command line -> the method's name.
@@ -26,12 +26,25 @@ def labeller(method: str) -> Calculator:
     if method not in METHODS:
         raise UserError(f"expected --method {', '.join(METHODS)}; got {method!r}")
     if method == "emt":
-        return EMT()
+        return _careful(EMT)()
     try:
         from tblite.ase import TBLite
     except ImportError:
         raise UserError(f"expected tblite for {METHODS[method]}; it is not installed; pip install 'foveal-graphs3d[label]'") from None
-    return TBLite(method=METHODS[method], verbosity=0)
+    return _careful(TBLite)(method=METHODS[method], verbosity=0)
+
+
+def _careful(kind: type[Calculator]) -> type[Calculator]:
+    """`kind` that refuses what it would answer with NaN, or by ending the program."""
+
+    class Careful(kind):  # type: ignore[misc, valid-type]
+        def calculate(self, atoms: ase.Atoms | None = None, properties: Any = ("energy",), system_changes: Any = all_changes) -> None:
+            if atoms is not None:
+                check_structure(atoms)
+                refuse_overlap(atoms)
+            super().calculate(atoms, properties, system_changes)
+
+    return Careful
 
 
 def label(atoms: ase.Atoms, calculator: Calculator) -> ase.Atoms:

@@ -272,9 +272,11 @@ def phonons_command(
             writer = csv.writer(stream)
             writer.writerow(["mode", "energy meV", "wavenumber 1/cm"])
             writer.writerows([index, f"{value:.4f}", f"{wave:.3f}"] for index, (value, wave) in enumerate(zip(values, wavenumbers, strict=True)))
+        rigid = np.zeros(len(values), dtype=bool)
+        rigid[np.argsort(abs(values))[: _rigid(atoms)]] = True
         with atomic_write(picture) as temporary:
-            draw_modes(wavenumbers, atoms.get_chemical_formula()).savefig(temporary, dpi=150)
-        inside = values[np.argsort(abs(values))[_rigid(atoms) :]]
+            draw_modes(wavenumbers, rigid, atoms.get_chemical_formula()).savefig(temporary, dpi=150)
+        inside = values[~rigid]
         return {
             "vibrations": len(inside),
             "imaginary": int((inside < -_IMAGINARY).sum()),

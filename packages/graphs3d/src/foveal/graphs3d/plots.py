@@ -108,19 +108,22 @@ def draw_bands(
     return figure
 
 
-def draw_modes(wavenumbers: np.ndarray, title: str) -> Figure:
-    """Normal modes of a molecule as lines, imaginary ones left of zero.
+def draw_modes(wavenumbers: np.ndarray, rigid: np.ndarray, title: str) -> Figure:
+    """Normal modes of a molecule as lines, imaginary ones left of zero, those of its motion as a whole in grey.
 
     Args:
         wavenumbers: 1/cm.
+        rigid: whether each is the motion of the whole.
         title: of the figure.
     """
     figure = Figure(figsize=(7.2, 2.4), layout="constrained")
     axes = figure.subplots()
-    axes.vlines(wavenumbers[wavenumbers >= 0], 0, 1, linewidth=1)
-    axes.vlines(wavenumbers[wavenumbers < 0], 0, 1, linewidth=1, color="C3")
+    inside = wavenumbers[~rigid]
+    axes.vlines(wavenumbers[rigid], 0, 1, linewidth=1, color="0.75")
+    axes.vlines(inside[inside >= 0], 0, 1, linewidth=1)
+    axes.vlines(inside[inside < 0], 0, 1, linewidth=1, color="C3")
     axes.set(xlabel="Wavenumber (1/cm; negative: imaginary)", ylim=(0, 1.1), yticks=[])
-    axes.set_title(f"{title}, {len(wavenumbers)} normal modes", loc="left")
+    axes.set_title(f"{title}, {len(inside)} vibrations (grey: the {rigid.sum()} motions of the whole)", loc="left")
     return figure
 
 

@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from foveal.core.checkpoint import load_weights, save_weights
 from foveal.core.device import resolve_device
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write, collect_inputs, output_folder
+from foveal.core.files import atomic_write, collect_inputs, output_folder, output_names
 from foveal.core.reports import BatchReport, Entry
 from foveal.graphs3d.data.questions import Question, answer, candidates, draw_questions, parse
 from foveal.graphs3d.data.relations import asked_of, collate
@@ -129,13 +129,18 @@ def ask_command(
     Raises:
         UserError: no inputs, no weights, or an output that cannot be written.
     """
+    if demo and sources:
+        raise UserError("expected files of scenes or --demo; got both")
+    if not demo and not sources:
+        raise UserError("expected files of scenes to ask about; got none; name some, or try --demo")
     folder = Path(output or "answers")
     inputs = [] if demo else collect_inputs(sources, SUFFIXES, apart_from=folder)
     relations = Relations.from_pretrained(checkpoint, device) if checkpoint is not None or BUNDLED.exists() else None
     output_folder(folder, overwrite)
     report = BatchReport()
-    for path in [Path("rooms.json")] if demo else inputs:
-        targets = [folder / f"{path.stem}_answers{ending}" for ending in (".csv", ".png")]
+    named = [Path("rooms.json")] if demo else inputs
+    for path, stem in zip(named, output_names(named), strict=True):
+        targets = [folder / f"{stem}_answers{ending}" for ending in (".csv", ".png")]
         if targets[0].exists() and not overwrite:
             report.kept(path, [str(target) for target in targets if target.exists()])
             continue

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from sklearn.model_selection import train_test_split
 
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write
+from foveal.core.files import atomic_write, output_folder
 from foveal.graphs3d.data.partitions import VARIANTS
 from foveal.graphs3d.data.tables import encode, read_table
 from foveal.graphs3d.select import features_and_target
@@ -71,11 +71,12 @@ def search(
     until then counts.
 
     Raises:
-        UserError: Optuna is not installed, or the table is too small to hold rows out.
+        UserError: Optuna is not installed, the table is too small to hold rows out, or `storage` cannot be opened.
         KeyboardInterrupt: before the first trial was done.
     """
     try:
         import optuna
+        from sqlalchemy.exc import SQLAlchemyError
     except ImportError:
         raise UserError('expected optuna to be installed; it is not; run: pip install "foveal-graphs3d[search]"') from None
     random = np.random.default_rng(seed)
@@ -99,9 +100,13 @@ def search(
         return accuracy if reduction is not None else accuracy * share
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed), storage=storage, study_name="gais", load_if_exists=True
-    )
+    try:
+        study = optuna.create_study(
+            direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed), storage=storage, study_name="gais", load_if_exists=True
+        )
+    except SQLAlchemyError as error:
+        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+        raise UserError(f"expected --study to be a search's file, or a new one in an existing folder; {storage}: {reason}; name another") from None
     try:
         study.optimize(objective, n_trials=trials, callbacks=[_say])
     except KeyboardInterrupt:
@@ -166,8 +171,13 @@ def search_command(
         raise UserError(f"{place} already exists; pass --overwrite to replace it, or choose another -o/--output")
     if classifier not in CLASSIFIERS:
         raise UserError(f"expected a classifier among {', '.join(CLASSIFIERS)}; got {classifier!r}")
+    if reduction is not None and not 0 <= reduction < 1:
+        raise UserError(f"expected --reduction from 0 to below 1; got {reduction:g}")
+    if variant is not None and variant not in VARIANTS:
+        raise UserError(f"expected a variant among {', '.join(VARIANTS)}; got {variant!r}")
     if trials < 1:
         raise UserError(f"expected at least one trial; got --trials {trials}")
+    output_folder(place.parent)
     table = read_table(source)
     known = table[table[target].notna()] if target in table.columns else table
     features, codes, _ = features_and_target(known, target, ignore)

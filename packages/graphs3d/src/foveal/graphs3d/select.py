@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pandas as pd
 from jaxtyping import Int
 
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write
+from foveal.core.files import atomic_write, output_folder, refuse_replacing
 from foveal.core.reports import BatchReport
 from foveal.graphs3d.data.tables import SUFFIXES, encode, read_table, write_table
 from foveal.graphs3d.selection import GAIS
@@ -23,7 +24,7 @@ def features_and_target(table: pd.DataFrame, target: str, ignore: Sequence[str] 
     """Columns to select by, codes of the target's classes, and the classes; rows must all have a target.
 
     Raises:
-        UserError: a column that is not there, one class alone, or a target that is no class.
+        UserError: a column that is not there or holds infinity, one class alone, or a target that is no class.
     """
     for name in (target, *ignore):
         if name not in table.columns:
@@ -31,6 +32,9 @@ def features_and_target(table: pd.DataFrame, target: str, ignore: Sequence[str] 
     features = table.drop(columns=[target, *ignore])
     if features.shape[1] == 0:
         raise UserError(f"expected columns beside {target!r}; there is none; leave fewer out with --ignore")
+    endless = [name for name in features.select_dtypes("number") if np.isinf(features[name].to_numpy(dtype=float, na_value=np.nan)).any()]
+    if endless:
+        raise UserError(f"expected finite numbers or gaps; column {endless[0]!r} holds infinity; mend it, or leave it out with --ignore")
     column = table[target]
     codes, classes = pd.factorize(column, sort=True)
     if len(classes) < 2:
@@ -95,10 +99,12 @@ def select_command(
     place = output or Path(f"{source.stem}_selected{source.suffix}")
     if place.suffix.lower() not in SUFFIXES:
         raise UserError(f"expected an output ending in {', '.join(SUFFIXES)}; got {place.name}; choose another -o/--output")
+    refuse_replacing([source], [place])
     summary = BatchReport()
     if place.exists() and not overwrite:
         summary.kept(source, [str(place)])
         return summary.finish(as_json)
+    output_folder(place.parent)
     chosen = {**read_settings(settings), **{name: value for name, value in (parameters or {}).items() if value is not None}}
     table = read_table(source)
     if target not in table.columns:
@@ -120,8 +126,17 @@ def select_command(
             if report:
                 _report(entry, place, features, codes, classes, kept, sampler)
         except ValueError as error:  # what the sampler or the encoding says about the table
-            raise UserError(f"{source}: {error}") from error
+            raise UserError(_said(error)) from error
     return summary.finish(as_json, {"rows": ",.0f", "kept": ",.0f", "reduction %": ".1f"} | dict.fromkeys(_columns(), ".1f"))
+
+
+def _said(error: ValueError) -> str:
+    """What scikit-learn says of a parameter, in the words of the command line."""
+    told = re.fullmatch(r"The '(\w+)' parameter of GAIS must be (.+?)\. Got (.+) instead\.", str(error))
+    if told is None:
+        return str(error)
+    option = {"n_samples": "size"}.get(told[1], told[1])
+    return f"expected --{option} to be {told[2].removesuffix(' or None')}; got {told[3]}"
 
 
 def _columns() -> list[str]:

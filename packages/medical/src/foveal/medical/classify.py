@@ -19,7 +19,7 @@ from torch import Tensor
 from foveal.core.checkpoint import load_weights, save_weights
 from foveal.core.device import resolve_device
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write, output_folder, without_results
+from foveal.core.files import atomic_write, identity_of, output_folder, without_results
 from foveal.core.reports import BatchReport
 from foveal.medical.film_net import FilmNet, FilmNetConfig
 from foveal.medical.film_plots import film_attention_figure
@@ -153,7 +153,7 @@ def classify_command(
     named = list(zip(places, names_of(places), strict=True))
     for place, name in track(named, "classifying", console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()):
         target = folder / f"{name}_attention.png"
-        if str(place) in known and not overwrite and (not pictures or target.exists()):
+        if identity_of(place) in known and not overwrite and (not pictures or target.exists()):
             report.kept(place, [str(folder / TABLE), *([str(target)] if target.exists() else [])])
             continue
         with report.item(place) as entry:
@@ -161,7 +161,7 @@ def classify_command(
             film = read_film(place)
             shares = classifier(film)
             likeliest = max(shares, key=lambda label: shares[label])
-            known[str(place)] = {"film": str(place), "patient": film.patient, "likeliest": likeliest, **shares}
+            known[identity_of(place)] = {"film": str(place), "patient": film.patient, "likeliest": likeliest, **shares}
             entry.message = likeliest
             entry.numbers |= shares
             entry.outputs.append(str(folder / TABLE))
@@ -174,16 +174,21 @@ def classify_command(
         with atomic_write(folder / TABLE) as temporary:
             pd.DataFrame(list(known.values())).to_csv(temporary, index=False, float_format="%.6f")
     if labels is not None:
-        shares_of = {place: {name: float(known[str(place)][name]) for name in classifier.class_names} for place in places if str(place) in known}
+        shares_of = {
+            place: {name: float(known[key][name]) for name in classifier.class_names} for place in places if (key := identity_of(place)) in known
+        }
         report_scores(report, shares_of, labels, classifier.class_names, folder / "scores.json")
     return report.finish(as_json, {"seconds": ".1f"} | dict.fromkeys(classifier.class_names, ".3f"))
 
 
-def _known(table: Path, class_names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _known(table: Path, class_names: Sequence[str]) -> dict[Path, dict[str, Any]]:
     """Rows that an earlier call left, by file; none where it knew other classes."""
     if not table.exists():
         return {}
-    frame = pd.read_csv(table, dtype={"film": str, "patient": str}, keep_default_na=False)
+    try:
+        frame = pd.read_csv(table, dtype={"film": str, "patient": str}, keep_default_na=False)
+    except (ValueError, OSError) as error:
+        raise UserError(f"expected {table} as an earlier call wrote it; it cannot be read: {error}; remove it, or choose another -o") from None
     if list(frame.columns) != ["film", "patient", "likeliest", *class_names]:
         raise UserError(f"expected {table} to be of the same classes ({', '.join(class_names)}); it is not; choose another -o/--output")
-    return {str(row["film"]): dict(row) for _, row in frame.iterrows()}
+    return {identity_of(row["film"]): dict(row) for _, row in frame.iterrows()}

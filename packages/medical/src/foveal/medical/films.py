@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveal.core.errors import UserError
-from foveal.core.files import outside
+from foveal.core.files import each_once, outside
 from foveal.medical.volumes import DICOM, PICTURES, read_volume, suffix_of
 
 #: Modalities of DICOM whose files are stacks of slices or no pictures of the chest's shadow.
@@ -88,7 +88,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def collect_films(paths: Sequence[Path], apart_from: Path | None = None) -> list[Path]:
-    """The films that a user named: files, and all pictures and DICOM files in and below the folders.
+    """The films that a user named, each once: files, and all pictures and DICOM files in and below the folders.
 
     `apart_from` is the folder for the results: where it lies in one that was named, what an earlier call left there is no film.
 
@@ -103,7 +103,7 @@ def collect_films(paths: Sequence[Path], apart_from: Path | None = None) -> list
         if not inside:
             raise UserError(f"expected films (PNG, JPEG, TIFF, DICOM) in folder {path}; found none; name another folder or the files")
         found += inside
-    return list(dict.fromkeys(found))
+    return each_once(found)
 
 
 def _films_below(folder: Path) -> Iterable[Path]:

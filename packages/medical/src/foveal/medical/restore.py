@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from glob import escape
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from foveal.medical.plots import regions_figure, restoration_figure
 from foveal.medical.regions import region_volume, superpixels
 from foveal.medical.restoration_metrics import fidelity
 from foveal.medical.segment import collect_scans, results_of
-from foveal.medical.volumes import Volume, names_of, on_grid_of, output_suffix, read_volume, stem_of, write_volume
+from foveal.medical.volumes import Volume, names_of, on_grid_of, output_suffix, read_volume, refuse_blank, stem_of, write_volume
 
 
 class Restorer:
@@ -154,6 +155,8 @@ def restore_command(
             "expected --checkpoint: no restoration weights ship with foveal; train them (configs/medical/rat_small.yaml) "
             "or convert the authors' with: foveal medical convert rat SOURCE OUT.safetensors"
         )
+    if value_range is not None and not (np.isfinite(value_range).all() and value_range[0] < value_range[1]):
+        raise UserError(f"expected --value-range from a lower to a higher value; got {value_range[0]:g} to {value_range[1]:g}")
     folder = output or Path("restored")
     named = collect_scans(scans, folder)
     places = without_results(named, names_of, lambda name: results_of(folder, name, ("restored", "restored_picture", "regions")), scans)
@@ -166,13 +169,14 @@ def restore_command(
     output_folder(folder, overwrite=True)
     report = BatchReport()
     for place, name in zip(places, names_of(places), strict=True):
-        existing = [path for path in sorted(folder.iterdir()) if path.name.startswith(f"{name}_restored.")]
+        existing = sorted(folder.glob(f"{escape(name)}_restored.*"))
         if existing and not overwrite:
             report.kept(place, [str(path) for path in existing])
             continue
         with report.item(place) as entry, all_or_none(folder) as made:
             started = time.perf_counter()
             volume = read_volume(place, frame, series)
+            refuse_blank(volume, place)
             low, high = restorer.range_of(volume)
             entry.message = "; ".join([*volume.notes, f"values from {low:g} to {high:g}"])
             parts = restorer.regions(volume, _beside(regions, name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from foveal.core.checkpoint import load_weights
 from foveal.core.device import resolve_device
 from foveal.core.errors import UserError
-from foveal.core.files import all_or_none, output_folder, outside, refuse_replacing, without_results
+from foveal.core.files import all_or_none, each_once, output_folder, outside, refuse_replacing, without_results
 from foveal.core.reports import BatchReport
 from foveal.medical.checkpoints import model_from_weights
 from foveal.medical.inference import View, check_views, run_slices
@@ -35,6 +36,7 @@ from foveal.medical.volumes import (
     on_grid_of,
     output_suffix,
     read_volume,
+    refuse_blank,
     stem_of,
     suffix_of,
     write_volume,
@@ -196,7 +198,7 @@ def collect_scans(paths: Sequence[Path], apart_from: Path | None = None) -> list
         if not inside:
             raise UserError(f"expected images (NIfTI, NRRD, DICOM, PNG) in folder {path}; found none; name another folder or the files")
         found += inside
-    return sorted(dict.fromkeys(found))
+    return sorted(each_once(found))
 
 
 def results_of(folder: Path, name: str, endings: Sequence[str]) -> list[Path]:
@@ -240,16 +242,20 @@ def segment_command(
     output_folder(folder, overwrite=True)
     endings = ["labels", "overlay", "attention", *(f"{structure.replace(' ', '_')}_probability" for structure in segmenter.class_names)]
     places = without_results(named, names_of, lambda name: results_of(folder, name, endings), scans)
+    if truth is not None and truth.is_file() and len(places) > 1:
+        raise UserError(f"expected a folder of reference labels for {len(places)} scans; --truth {truth} is one file")
     report, names = BatchReport(), names_of(places)
     for place, name in zip(places, names, strict=True):
-        existing = sorted(folder.glob(f"{_escaped(name)}_labels.*"))
+        existing = sorted(folder.glob(f"{escape(name)}_labels.*"))
         if existing and not overwrite:
             report.kept(place, [str(path) for path in existing])
             continue
         with report.item(place) as entry, all_or_none(folder) as made:
             started = time.perf_counter()
             volume = read_volume(place, frame, series)
+            refuse_blank(volume, place)
             entry.message = "; ".join(volume.notes)
+            reference = None if truth is None else _reference(truth, name, volume)  # looked at before the network works for nothing
             logits = segmenter.logits([volume])
             labels = volume.like(labels_of(logits))
             target = made / f"{name}_labels{output_suffix(volume)}"
@@ -260,7 +266,6 @@ def segment_command(
             for label, structure in enumerate(segmenter.class_names, 1):
                 unit, size = ("ml", volume.millilitres_of_a_voxel) if volume.kind != "picture" else ("pixels", 1.0)
                 entry.numbers[f"{structure} {unit}"] = float((labels.voxels == label).sum()) * size
-            reference = None if truth is None else _reference(truth, name, volume, len(places))
             if reference is not None:
                 classes = len(segmenter.class_names) + 1
                 entry.numbers["Dice"] = mean_known(dice_scores(labels.voxels, reference, classes))
@@ -286,10 +291,6 @@ def _views_of(text: str) -> list[Any]:
     return [] if text == "none" else [part.strip() for part in text.split(",")]
 
 
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-
-
 def _write_probabilities(volume: Volume, logits: ndarray, names: Sequence[str], folder: Path, name: str) -> list[Path]:
     values = torch.from_numpy(logits)
     shares = torch.cat([1 - values.sigmoid(), values.sigmoid()]).numpy() if len(values) == 1 else values.softmax(0).numpy()
@@ -301,15 +302,13 @@ def _write_probabilities(volume: Volume, logits: ndarray, names: Sequence[str], 
     return outputs
 
 
-def _reference(truth: Path, name: str, volume: Volume, count: int) -> ndarray | None:
+def _reference(truth: Path, name: str, volume: Volume) -> ndarray | None:
     """The reference labels of a scan: the file itself, or the file of its name in a folder; None where the folder has none."""
     if truth.is_dir():
         fitting = [path for path in sorted(truth.iterdir()) if stem_of(path) in (name, f"{name}_labels", f"{name}_seg", f"{name}-label")]
         if not fitting:
             return None
         truth = fitting[0]
-    elif count > 1:
-        raise UserError(f"expected a folder of reference labels for {count} scans; --truth {truth} is one file")
     labels = on_grid_of(read_volume(truth), volume)
     if labels.voxels.shape != volume.voxels.shape:
         raise UserError(f"expected reference labels on the grid of {volume.source} {volume.voxels.shape}; {truth} has {labels.voxels.shape}")

@@ -95,7 +95,6 @@ class _Run:
             )
         slide = open_slide(place, self.slide_mpp)
         found = extract_features(slide, self.encoder, self.tiling, self.batch, progress=True)
-        target.parent.mkdir(exist_ok=True)
         entry.outputs.append(str(write_features(target, found)))
         return found
 
@@ -246,7 +245,12 @@ def _done(run: _Run, place: Path, name: str, rows: Mapping[str, Mapping[str, Any
 def _known_rows(file: Path) -> dict[str, dict[str, Any]]:
     if not file.exists():
         return {}
-    table = pd.read_csv(file, dtype={"slide": str})
+    try:
+        table = pd.read_csv(file, dtype={"slide": str})
+    except (ValueError, OSError) as error:
+        raise UserError(f"expected {file} as an earlier call wrote it; it cannot be read: {error}; remove it, or choose another -o") from None
+    if "slide" not in table:
+        raise UserError(f"expected a column 'slide' in {file}, as an earlier call wrote it; it has none; remove it, or choose another -o")
     return {str(row["slide"]): {str(key): value for key, value in row.items()} for row in table.to_dict("records")}
 
 

@@ -32,7 +32,7 @@ class Tiling:
     tissue: float = 0.25
 
     def __post_init__(self) -> None:
-        if self.tile < 8 or self.mpp <= 0 or not 0 <= self.tissue <= 1:
+        if self.tile < 8 or not 0 < self.mpp < float("inf") or not 0 <= self.tissue <= 1:
             raise UserError(
                 f"expected --tile of at least 8, --mpp above 0 and --tissue from 0 to 1; got {self.tile}, {self.mpp:g} and {self.tissue:g}"
             )

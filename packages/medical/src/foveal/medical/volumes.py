@@ -180,6 +180,16 @@ def output_suffix(volume: Volume) -> str:
     return suffix if suffix in (".nii", ".nii.gz") else ".nii.gz"
 
 
+def refuse_blank(volume: Volume, place: Path) -> None:
+    """Make sure that a scan shows something.
+
+    Raises:
+        UserError: all its voxels are the same.
+    """
+    if np.ptp(volume.voxels) == 0:
+        raise UserError(f"expected a scan with something in it; every voxel of {place} is {volume.voxels.flat[0]:g}; export it again")
+
+
 def names_of(places: Sequence[Path]) -> list[str]:
     """Names of outputs: the file's, with its folder's before it where two are alike."""
     stems = [stem_of(place.resolve()) for place in places]

@@ -159,12 +159,16 @@ def read_prompts(path: str | Path) -> dict[str, list[str]]:
     if isinstance(content, list):
         content = {str(name): [template.format(name) for template in TEMPLATES] for name in content}
     if not isinstance(content, dict) or len(content) < 2:
-        raise UserError(f"expected at least two classes in {place}, a name a line, or YAML of names and sentences; got {str(content)[:60]!r}")
+        raise UserError(f"expected at least two classes in {place}, a name a line, or YAML of names and sentences; got {_counted(content)}")
     prompts = {str(name): [said] if isinstance(said, str) else [str(one) for one in said or []] for name, said in content.items()}
     empty = [name for name, said in prompts.items() if not said]
     if empty:
         raise UserError(f"expected a sentence for every class in {place}; {', '.join(empty)} has none")
     return prompts
+
+
+def _counted(content: Any) -> str:
+    return f"{len(content)}: {', '.join(map(str, content))[:60]}" if isinstance(content, dict) else repr(content)[:60]
 
 
 def _film(image: Any) -> Film:

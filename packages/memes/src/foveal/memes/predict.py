@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from scipy.special import logit
 
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write, collect_inputs, output_folder
+from foveal.core.files import atomic_write, collect_inputs, each_once, identity_of, output_folder
 from foveal.core.reports import BatchReport
 from foveal.memes import calibration
 from foveal.memes.calibration import Calibration
@@ -238,7 +238,7 @@ def collect_items(
     label_column: str | None = None,
     images: Path | None = None,
 ) -> list[Item]:
-    """What the user named: pictures, folders of them, and tables (csv, tsv, jsonl, xlsx).
+    """What the user named: pictures and folders of them, each picture once, and the rows of tables (csv, tsv, jsonl, xlsx).
 
     Args:
         sources: files and folders.
@@ -252,9 +252,12 @@ def collect_items(
         UserError: nothing is there, or a table lacks a column.
     """
     items: list[Item] = []
-    for source in sources:
+    named: set[Path] = set()
+    for source in each_once(sources):
         if source.suffix.lower() not in _TABLES or source.is_dir():
-            items += [Item(str(file), file) for file in collect_inputs([source], SUFFIXES)]
+            found = [file for file in collect_inputs([source], SUFFIXES) if identity_of(file) not in named]
+            items += [Item(str(file), file) for file in found]
+            named |= {identity_of(file) for file in found}
             continue
         rows = read_rows(source)
         folder = images if images is not None else source.parent
@@ -418,10 +421,11 @@ def calibrate_command(
     Raises:
         UserError: no labels, too few, or an output that exists.
     """
+    if not sources:
+        raise UserError("expected labelled tables to fit thresholds to; got none; name some")
     if output.exists() and not overwrite:
         raise UserError(f"{output} already exists; pass --overwrite to replace it, or choose another -o/--output")
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"expected an existing folder for the output; {output.parent} is none; create it or choose another -o/--output")
+    output_folder(output.parent)
     items = [item for item in collect_items(sources, images=images, label_column=label_column, **(columns or {})) if item.label is not None]  # type: ignore[arg-type]
     scorer = _scorer(checkpoint, None, None, 0, cache, device)
     decided = scorer.network.config.decided

@@ -21,7 +21,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from foveal.core.errors import UserError
-from foveal.graphs3d.data.edge_batches import EdgeBatchLoader
+from foveal.graphs3d.data.edge_batches import EdgeBatchLoader, EdgeCounts
 from foveal.graphs3d.data.labelled import Corruption, LabelledGraphs, collate_labelled
 from foveal.graphs3d.data.sources import Joined, open_structures
 
@@ -116,12 +116,9 @@ class StructureFiles(pl.LightningDataModule):
         task: Any = self.trainer.lightning_module
         return task.network.config
 
-    def _edges(self, structures: Sequence[ase.Atoms]) -> list[int]:
+    def _edges(self, structures: Sequence[ase.Atoms]) -> Sequence[int]:
         """Edges of each structure; without a limit on them, 1 each."""
-        if self.max_edges is None:
-            return [1] * len(structures)
-        graphs = self.graphs(structures)
-        return [graphs[index].graph.edge_index.shape[1] for index in range(len(structures))]
+        return [1] * len(structures) if self.max_edges is None else EdgeCounts(self.graphs(structures))
 
     def train_dataloader(self) -> DataLoader:
         """A new order each epoch; resumable to the bit."""

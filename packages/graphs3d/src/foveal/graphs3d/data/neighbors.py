@@ -78,10 +78,7 @@ class NeighborList:
         distance = np.linalg.norm(vectors, axis=1)
         if len(distance) and distance.min() < _OVERLAP:
             pair = int(distance.argmin())
-            raise UserError(
-                f"expected atoms at least {_OVERLAP} A apart; atoms {target[pair]} and {source[pair]} are {distance[pair]:.2g} A apart; "
-                "remove one, or mend the cell"
-            )
+            raise _overlapping(int(target[pair]), int(source[pair]), float(distance[pair]))
         kept = np.flatnonzero(distance < self.cutoff)
         if self.max_neighbors is not None:
             inside = len(kept)
@@ -131,6 +128,25 @@ def check_structure(atoms: ase.Atoms) -> None:
     periodic = atoms.cell.array[atoms.pbc]
     if len(periodic) and np.linalg.svd(periodic, compute_uv=False)[-1] < 1e-6:
         raise UserError(f"expected independent lattice vectors in the periodic directions; got {periodic.tolist()}; mend the cell or pbc")
+
+
+def refuse_overlap(atoms: ase.Atoms) -> None:
+    """Refuse atoms that lie on one another, where a method that has no list of its own would answer with NaN.
+
+    Raises:
+        UserError: names the two that are nearest.
+    """
+    finder = vesin.NeighborList(cutoff=_OVERLAP, full_list=False)
+    first, second, distance = finder.compute(points=atoms.positions, box=atoms.cell.complete().array, periodic=atoms.pbc, quantities="ijd", copy=True)
+    if len(distance):
+        pair = int(np.argmin(distance))
+        raise _overlapping(int(first[pair]), int(second[pair]), float(distance[pair]))
+
+
+def _overlapping(first: int, second: int, distance: float) -> UserError:
+    return UserError(
+        f"expected atoms at least {_OVERLAP} A apart; atoms {first} and {second} are {distance:.2g} A apart; remove one, or mend the cell"
+    )
 
 
 def _nearest(

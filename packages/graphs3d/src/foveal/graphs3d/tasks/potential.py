@@ -230,9 +230,13 @@ class PotentialTask(pl.LightningModule):
         name = list(self.trainer.datamodule.tests)[dataloader_idx]  # type: ignore[attr-defined]
         self._measure(f"test/{name}", batch, self(batch).detach())
 
-    def predict_step(self, batch: Labelled, index: int) -> Prediction:
-        """Energy (eV), forces (eV/A) and stress (eV/A^3)."""
-        return self._in_units(batch, self(batch).detach())
+    def predict_step(self, batch: Labelled, index: int) -> dict[str, Tensor | None]:
+        """Energy (eV), forces (eV/A), stress (eV/A^3), and how many atoms each structure has, which says where one ends in the forces.
+
+        >>> kept["forces"].split(kept["atoms"].tolist())  # an array for each structure
+        """
+        sizes = torch.bincount(batch.graph.batch, minlength=len(batch.energy))
+        return {**self._in_units(batch, self(batch).detach())._asdict(), "atoms": sizes, "numbers": batch.graph.numbers}
 
     def _in_units(self, batch: Labelled, prediction: Prediction) -> Prediction:
         forces, stress = (None if part is None else self.forces_scale * part.double() for part in (prediction.forces, prediction.stress))
