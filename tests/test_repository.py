@@ -291,6 +291,8 @@ def test_python_that_a_readme_shows_runs(name: str, index: int, tmp_path: Path, 
     if "night.edf" in code[index]:
         write_edf = pytest.importorskip("mne").export.export_raw
         write_edf("night.edf", _some_eeg(), verbose="error")
+    if "smear.jpg" in code[index]:
+        Image.new("RGB", (320, 240), "mistyrose").save("smear.jpg")
     if "meme.png" in code[index]:
         Image.new("RGB", (320, 200), "teal").save("meme.png")
     exec(compile("\n".join(code[: index + 1]), name, "exec"), {"__name__": "readme"})

@@ -19,7 +19,7 @@ from foveal.detection import Detections, Detector, YOLOv13, YOLOv13Config
 from foveal.detection.data.pictures import read_picture, size_of
 from foveal.detection.detect import result_names
 from foveal.detection.models.inference import inference_form
-from foveal.detection.plots import draw, draw_areas, draw_hyperedges
+from foveal.detection.plots import draw, draw_areas, draw_confusion, draw_hyperedges, draw_precision_recall
 from foveal.detection.predict import Options, _starts
 
 
@@ -158,6 +158,31 @@ def test_an_object_in_a_large_picture_is_found_once_and_where_it_is_by_tiles() -
     found = detector.detect(image, Options(tile=256, tile_overlap=0.4))
     assert len(found) == 1
     np.testing.assert_allclose(found.boxes[0], [560, 400, 640, 460], atol=10)
+
+
+def test_figures_of_eighty_classes_stay_of_a_size_that_can_be_looked_at() -> None:
+    names = [f"class {number}" for number in range(80)]
+    counts = np.zeros((81, 81))
+    counts[3, 3], counts[5, 80] = 4, 2
+    confusion = draw_confusion(counts, names, 0.25)
+    assert [label.get_text() for label in confusion.axes[0].get_yticklabels()] == ["class 3", "class 5", "nothing"]
+    full = draw_confusion(np.ones((81, 81)), names, 0.25)
+    assert max(full.get_size_inches()) < 32
+    curves = draw_precision_recall(dict.fromkeys(names, np.linspace(1, 0, 101)))
+    (legend,) = curves.legends
+    assert len(legend.get_texts()) == 80
+    assert not draw_precision_recall({}).axes[0].lines
+
+
+def test_classes_that_the_network_does_not_know_are_refused_once_before_anything_is_looked_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (32, 32)).save(tmp_path / name)
+    assert run(["detection", "detect", str(tmp_path), "--class", "unicorn", "-o", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr()
+    assert told.err.count("unicorn") == 1
+    assert "blood cells alone" in told.err
 
 
 def test_yolo_lines_and_json_say_the_same() -> None:

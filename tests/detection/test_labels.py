@@ -69,6 +69,7 @@ def test_a_class_out_of_range_is_left_out_and_named_with_its_line(tmp_path: Path
     [
         ("0 .5 .5 0 .2", "degenerate box"), ("0 nan .5 .2 .2", "degenerate box"), ("0 .95 .5 .3 .2", "box outside"), ("0 .5 .5 .2", "damaged labels"),
         ("cat .5 .5 .2 .2", "damaged labels"), ("0.5 .5 .5 .2 .2", "class out of range"), ("0 .5 .5 .2 .2 .1 .1 .1", "damaged labels"),
+        ("1e999 .5 .5 .2 .2", "class out of range"), ("nan .5 .5 .2 .2", "class out of range"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_line_is_named(tmp_path: Path, line: str, kind: str) -> None:
@@ -124,11 +125,35 @@ def test_coco_crowds_are_neither_asked_for_nor_wrong(tmp_path: Path) -> None:
     assert _kinds(labels.problems) == ["unknown picture", "unknown class"]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"images": []}'])
-def test_a_json_that_is_no_coco_file_is_refused(tmp_path: Path, content: str) -> None:
+def test_a_number_that_two_pictures_of_a_coco_file_have_is_the_first_ones(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        Image.new("RGB", (100, 50)).save(tmp_path / f"{name}.png")
+    images = [{"id": 5, "file_name": "a.png"}, {"id": 5, "file_name": "b.png"}]
+    annotations = [{"id": 1, "image_id": 5, "category_id": 9, "bbox": [10, 5, 20, 20]}]
+    (tmp_path / "x.json").write_text(json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 9, "name": "cat"}]}))
+    labels = read_labels(tmp_path / "x.json")
+    assert [picture.path.name for picture in labels.pictures] == ["a.png"]
+    assert labels.objects == 1
+    assert _kinds(labels.problems) == ["duplicate number"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [("{", "Expecting property name"), ("[]", "arranged otherwise"), ('{"images": []}', "lacks 'categories'")]
+)
+def test_a_json_that_is_no_coco_file_is_refused(tmp_path: Path, content: str, reason: str) -> None:
     (tmp_path / "x.json").write_text(content)
-    with pytest.raises(UserError, match="expected a COCO file"):
+    with pytest.raises(UserError, match=f"expected a COCO file.*{reason}"):
         read_labels(tmp_path / "x.json")
+
+
+def test_classes_without_objects_are_counted_not_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _yolo(tmp_path, {"a": "0 .5 .5 .2 .2\n"})
+    settings = yaml.safe_load((tmp_path / "data.yaml").read_text())
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({**settings, "names": ["cat", *(f"kind {number}" for number in range(30))], "nc": 31}))
+    assert run(["detection", "check-data", str(tmp_path / "data.yaml"), "--split", "train", "-o", str(tmp_path / "report")]) == 0
+    printed = capsys.readouterr().out
+    assert "1 objects: cat 1; none of 30 further classes" in printed
+    assert str(tmp_path / "report" / "problems.csv") in printed
 
 
 def test_a_part_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
@@ -159,7 +184,7 @@ def test_the_command_finds_a_picture_in_two_parts_and_writes_a_report(tmp_path: 
     shown = capsys.readouterr().out
     assert "1 x shared picture" in shown
     assert "2 x class out of range" in shown
-    assert "train: 1 pictures (0 without objects), 1 objects: cat 1, dog 0" in shown
+    assert "train: 1 pictures (0 without objects), 1 objects: cat 1; none of dog" in shown
     assert (tmp_path / "report" / "problems.csv").read_text().count("\n") == 4
     assert json.loads((tmp_path / "report" / "summary.json").read_text())["parts"]["train"]["objects"] == 1
 

@@ -19,14 +19,12 @@ from torch import Tensor, nn
 
 from foveal.apps.main import run
 from foveal.core.checkpoint import save_weights
-from foveal.core.errors import UserError
 from foveal.detection import Detector, YOLOv13, YOLOv13Config
 from foveal.detection.data.labels import Labels, read_labels
 from foveal.detection.data.sets import DetectionData
 from foveal.detection.evaluate import evaluate
 from foveal.detection.metrics import average_precision, coco_ground_truth, coco_keypoints, coco_masks
 from foveal.detection.models.heads import Prediction
-from foveal.detection.predict import Options
 from foveal.detection.tasks.detection import DetectionTask
 
 SIGMAS = [0.05, 0.1, 0.2]
@@ -278,8 +276,6 @@ def test_labels_without_masks_are_measured_by_their_boxes_and_the_user_is_told(f
     assert evaluate(Detector(network, labels.names, SIDE), bare).masks is None
     with pytest.raises(ValueError, match="boxes alone"):
         coco_ground_truth(bare, "segm")
-    with pytest.raises(UserError, match="tiles or masks"):
-        Options(tile=128, run_lengths=True)
 
 
 def test_masks_of_several_parts_crowds_and_areas_of_a_coco_file_are_kept(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 import yaml
 from PIL import Image, ImageDraw
 
+from foveal.core.checkpoint import save_weights
 from foveal.core.cli import FovealCLI
 from foveal.core.errors import UserError
 from foveal.detection import Detector, YOLOv13, YOLOv13Config
@@ -23,6 +24,7 @@ from foveal.detection.evaluate import evaluate
 from foveal.detection.tasks.averaging import RampedAverage
 from foveal.detection.tasks.detection import DetectionTask, start_from
 from foveal.detection.tasks.export import export
+from foveal.detection.tasks.starting import layers_of
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "detection"
 
@@ -107,6 +109,28 @@ def test_a_run_becomes_weights_that_the_detector_and_other_classes_take(shapes: 
     assert all(name.startswith("head.score.") for name in left)
     with pytest.raises(UserError, match="scale s"):
         start_from(YOLOv13(YOLOv13Config("s", 5)), str(weights))
+
+
+def test_a_training_says_once_what_it_takes_over_and_what_starts_at_random(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = YOLOv13(YOLOv13Config("n", 5))
+    weights = save_weights(tmp_path / "five.safetensors", network.state_dict(), system="yolov13", config=network.config)
+    arguments = _arguments("yolov13n_small", shapes, tmp_path, "--trainer.fast_dev_run", "1", "--model.weights", str(weights))
+    FovealCLI("detection", arguments)
+    told = [line for line in capsys.readouterr().err.splitlines() if "tensors are taken over" in line]
+    total = len(network.state_dict())
+    assert told == [
+        f"five.safetensors: {total - 6} of {total} tensors are taken over; 6 start at random, which the file lacks or has in another shape: "
+        "head.score.0.2, head.score.1.2, head.score.2.2"
+    ]
+
+
+def test_layers_are_named_one_by_one_or_by_the_parts_that_hold_them() -> None:
+    assert layers_of(["head.score.0.2.bias", "head.score.0.2.weight", "stem.conv.weight"]) == ["head.score.0.2", "stem.conv"]
+    assert layers_of([f"head.extra.{level}.{part}.conv.weight" for level in range(3) for part in range(3)]) == [
+        "head.extra.0", "head.extra.1", "head.extra.2"
+    ]  # fmt: skip
+    assert layers_of([f"stage{number}.conv.weight" for number in range(9)]) == [f"stage{number}" for number in range(9)]
+    assert layers_of([]) == []
 
 
 @pytest.mark.slow

@@ -23,10 +23,11 @@ from foveal.detection import Detections, Detector, YOLOv13, YOLOv13Config
 from foveal.detection.data.labels import Labels, read_labels
 from foveal.detection.data.sets import DetectionData
 from foveal.detection.evaluate import evaluate
+from foveal.detection.masks import Masks, outline_of
 from foveal.detection.metrics import average_precision, coco_ground_truth, coco_oriented, turned_boxes
 from foveal.detection.models.heads import Prediction, Segment
 from foveal.detection.postprocess import corners_of_turned, probabilistic_overlap, suppress
-from foveal.detection.predict import Options, outline_of
+from foveal.detection.predict import Options
 from foveal.detection.tasks.detection import DetectionTask
 
 SIZE, SIDE = (96, 64), 192
@@ -135,7 +136,9 @@ def test_only_turned_boxes_are_right_where_objects_are_turned(folder: Path, blun
     data = DetectionData(source=str(folder), task="oriented", image_size=SIDE, batch_size=3)
     (logged,) = trainer.test(learner, data, verbose=False)
     assert logged["test/AP"] == pytest.approx(1.0)
-    for name in ("oriented_AP", "oriented_AP50", "oriented_AP75", "oriented_AP_ship"):
+    assert by_command.polygons is not None
+    assert by_command.polygons.numbers["AP"] == pytest.approx(0.0 if blunt else 1.0)
+    for name in ("oriented_AP", "oriented_AP50", "oriented_AP75", "oriented_AP_ship", "polygon_AP", "polygon_AP50", "polygon_AP_ship"):
         assert logged[f"test/{name}"] == pytest.approx(0.0 if blunt else 1.0), name
     (first, *_) = trainer.predict(learner, data)
     assert [found.boxes.shape for found in first] == [(2, 5)] * 3
@@ -196,7 +199,9 @@ def test_turned_boxes_are_learned_and_measured_by_the_commands(folder: Path, tmp
     metadata = {"names": json.dumps(["ship", "plane"]), "image_size": "64"}
     weights = save_weights(tmp_path / "x.safetensors", task.network.state_dict(), system="yolov13", config=task.network.config, metadata=metadata)
     assert run(["detection", "evaluate", str(folder), "--checkpoint", str(weights), "-o", str(tmp_path / "out")]) == 0
-    assert "oriented: AP " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "oriented: AP " in printed
+    assert "polygons: AP " in printed
     measured = json.loads((tmp_path / "out" / "metrics.json").read_text())["oriented"]
     predictions = json.loads((tmp_path / "out" / "predictions_oriented.json").read_text())
     again, _ = average_precision(coco_ground_truth(read_labels(folder, "test"), "oriented"), predictions, "oriented")
@@ -280,5 +285,7 @@ def test_what_detect_writes_is_read_again_as_labels_and_by_pycocotools(task: str
 
 
 def test_a_mask_of_nothing_is_written_as_its_box() -> None:
-    found = Detections((100, 50), np.array([[10.0, 10, 30, 40]]), np.array([0.5]), np.array([1]), ["cat", "dog"], masks=np.zeros((1, 50, 100), bool))
+    found = Detections(
+        (100, 50), np.array([[10.0, 10, 30, 40]]), np.array([0.5]), np.array([1]), ["cat", "dog"], masks=Masks.of(np.zeros((1, 50, 100), bool))
+    )
     assert found.to_yolo() == "1 0.100000 0.200000 0.300000 0.200000 0.300000 0.800000 0.100000 0.800000\n"

@@ -11,13 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from foveal.apps.main import run
 from foveal.core.checkpoint import save_weights
 from foveal.core.cli import FovealCLI
 from foveal.core.errors import UserError
 from foveal.detection.data.projection import CLEAR, Crop, Scene, drawn_bag, drawn_crops, project, read_crops
-from foveal.detection.data.xray import CLASSES, CocoScenes, MadeScenes, XRayData, XRaySet, together, write_scenes
+from foveal.detection.data.xray import CLASSES, CocoScenes, MadeScenes, XRayData, XRaySet, pictures_of, together, write_scenes
 from foveal.detection.metrics import average_precision
 from foveal.detection.models.sdanet import SDANet, SDANetConfig
 from foveal.detection.tasks.xray import XRayTask
@@ -191,6 +192,19 @@ def _options(*more: str, config: str = "sdanet_small") -> list[str]:
     options += ["--trainer.accelerator", "cpu", "--data.init_args.workers", "0", "--data.init_args.batch_size", "2"]
     options += ["--model.init_args.config.depth", "18", "--model.init_args.config.proposals", "4", "--model.init_args.config.detections", "2"]
     return [*options, "--model.init_args.config.score", "0.0", *more]
+
+
+def test_scenes_that_cannot_be_written_leave_nothing_behind(tmp_path: Path) -> None:
+    """A file in the folder's place, and a bag that cannot be read after others could."""
+    (tmp_path / "file").write_text("x")
+    assert run(["detection", "project", "-o", str(tmp_path / "file"), "--count", "1"]) == 2
+    (tmp_path / "bags").mkdir()
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "bags" / "a.png")
+    (tmp_path / "bags" / "b.png").write_text("no picture")
+    scenes = MadeScenes(20, drawn_crops(CLASSES), CLASSES, pictures_of(tmp_path / "bags"), 64)
+    with pytest.raises(UserError, match="none that Pillow can read"):
+        write_scenes(scenes, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_scenes_that_project_writes_are_trained_and_measured_on(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foveal.apps.options import Checkpoint, Device, Json, Overwrite
+from foveal.apps.options import Device, Json, Overwrite
 from foveal.apps.verbs import add_convert, add_training
 
 app = typer.Typer(rich_markup_mode=None)
@@ -15,6 +15,7 @@ app = typer.Typer(rich_markup_mode=None)
 add_training(app, "detection", "configs/detection/yolov13n_small.yaml")
 add_convert(app, "detection")
 
+_Checkpoint = Annotated[Path | None, typer.Option(help="Weights (.safetensors); default: the package's own, which know blood cells alone.")]
 _Images = Annotated[Path | None, typer.Option(help="Folder of the pictures of a COCO file; default: images beside it, or its own folder.")]
 _ImageSize = Annotated[int | None, typer.Option(help="Side that pictures are made to fit, a multiple of 32; default: the weights' own.")]
 
@@ -23,7 +24,7 @@ _ImageSize = Annotated[int | None, typer.Option(help="Side that pictures are mad
 def detect(
     sources: Annotated[list[Path], typer.Argument(help="Pictures, videos, or folders of them.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: detected.")] = None,
-    checkpoint: Checkpoint = None,
+    checkpoint: _Checkpoint = None,
     score: Annotated[float, typer.Option(help="Least score of an object.")] = 0.25,
     overlap: Annotated[float, typer.Option(help="Greatest intersection over union of two boxes of a class.")] = 0.7,
     most: Annotated[int, typer.Option(help="Objects of a picture at most.")] = 300,
@@ -136,7 +137,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Its part to measure on.")] = "test",
     images: _Images = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results; default: evaluated.")] = None,
-    checkpoint: Checkpoint = None,
+    checkpoint: _Checkpoint = None,
     image_size: _ImageSize = None,
     score: Annotated[float, typer.Option(help="Least score of what counts in the confusion matrix.")] = 0.25,
     device: Device = "auto",
@@ -165,7 +166,7 @@ def evaluate(
 @app.command()
 def export(
     output: Annotated[Path, typer.Argument(help="File to write, ending in .onnx.")],
-    checkpoint: Checkpoint = None,
+    checkpoint: _Checkpoint = None,
     image_size: _ImageSize = None,
     half: Annotated[bool, typer.Option("--half", help="Half precision: weights, input and layers.")] = False,
     overwrite: Overwrite = False,
@@ -182,7 +183,9 @@ def benchmark(
     checkpoint: Annotated[Path | None, typer.Option(help="Weights (.safetensors); default: a network of --scale drawn at random.")] = None,
     scale: Annotated[str, typer.Option(help="n, s, l or x.")] = "n",
     onnx: Annotated[Path | None, typer.Option(help="File of foveal detection export to measure beside it.")] = None,
-    image_size: Annotated[int, typer.Option(help="Side of the pictures, a multiple of 32.")] = 640,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of the pictures, a multiple of 32; default: what --onnx was exported for, or 640.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Pictures a call.")] = 1,
     rounds: Annotated[int, typer.Option(help="Calls of each, after three that do not count.")] = 20,
     precision: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",

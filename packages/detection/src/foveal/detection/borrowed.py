@@ -1,5 +1,5 @@
 """What is ultralytics' own and used as it is: reading and augmenting labelled pictures, the losses of YOLO heads,
-the smallest turned boxes around outlines, and its model builder.
+the smallest turned boxes around outlines, its model builder and its form of answers.
 
 It is imported here alone, after it has been told to stay off the network, not to install packages by itself, and not to print.
 """
@@ -18,6 +18,7 @@ for _name, _value in {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO
 from ultralytics.cfg import DEFAULT_CFG_DICT  # noqa: E402
 from ultralytics.data.dataset import YOLODataset  # noqa: E402
 from ultralytics.engine import model as engine  # noqa: E402
+from ultralytics.engine.results import Results  # noqa: E402
 from ultralytics.nn import tasks  # noqa: E402
 from ultralytics.nn.modules import Detect as UltralyticsDetect  # noqa: E402
 from ultralytics.utils import IterableSimpleNamespace  # noqa: E402
@@ -30,6 +31,7 @@ Image.open = _OPEN
 __all__ = [
     "DEFAULT_CFG_DICT",
     "IterableSimpleNamespace",
+    "Results",
     "UltralyticsDetect",
     "YOLODataset",
     "engine",

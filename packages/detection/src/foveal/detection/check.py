@@ -122,7 +122,11 @@ def _summary(labels: Labels) -> dict[str, Any]:
 
 def _show(summary: dict[str, Any], problems: list[tuple[str, Problem]], folder: Path | None) -> None:
     for part, numbers in summary["parts"].items():
-        classes = ", ".join(f"{name} {count}" for name, count in numbers["classes"].items())
+        present = {name: count for name, count in numbers["classes"].items() if count}
+        absent = [name for name in numbers["classes"] if name not in present]
+        classes = ", ".join(f"{name} {count}" for name, count in present.items()) or "none"
+        if absent:
+            classes += "; none of " + (", ".join(absent) if len(absent) <= 5 else f"{len(absent)} further classes")
         print(f"{part}: {numbers['pictures']} pictures ({numbers['without objects']} without objects), {numbers['objects']} objects: {classes}")
     for kind, count in summary["problems"].items():
         print(f"{count} x {kind}")
@@ -133,3 +137,5 @@ def _show(summary: dict[str, Any], problems: list[tuple[str, Problem]], folder: 
             print(f"    and {len(shown) - 5} more" + (f", in {folder / 'problems.csv'}" if folder else "; -o FOLDER writes them all"))
     if not problems:
         print("no problems")
+    if folder:
+        print(f"{folder / 'problems.csv'}, {folder / 'summary.json'}")

@@ -82,12 +82,15 @@ def detect_command(
     refuse_replacing(files, (path for paths in wanted_of.values() for path in paths))
     output_folder(folder, overwrite, ("predictions.json",) if "coco" in formats else ())
     detector = Detector.from_pretrained(checkpoint, image_size=image_size, device=device)
+    if checkpoint is None:
+        print(f"the package's own weights know blood cells alone ({', '.join(detector.names)}); --checkpoint names others", file=sys.stderr)
     trained: YOLOv13 | None = None
     if explain:
         model = model_from_weights(checkpoint or WEIGHTS / f"{BUNDLED}.safetensors")
         assert isinstance(model, YOLOv13)
         trained = model
     options = options or Options()
+    detector.refuse_unknown(options.classes or ())
     report, together = BatchReport(), _Together(detector.names)
     for number, file in enumerate(track(files, "detecting", console=Console(stderr=True), disable=not sys.stderr.isatty())):
         stem, wanted = names[file], wanted_of[file]

@@ -33,7 +33,7 @@ from foveal.detection.postprocess import probabilistic_overlap
 from foveal.detection.predict import Detections, Detector, Options
 
 #: What can be measured besides boxes, as an `Evaluation` and the files call it.
-SHOWN = {"segm": "masks", "keypoints": "keypoints", "oriented": "oriented"}
+SHOWN = {"segm": "masks", "keypoints": "keypoints", "oriented": "oriented", "polygons": "polygons"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ class Evaluation:
         predictions: as COCO's result files have them.
         masks: the same of masks, if the network finds them and every object of the labels has one.
         keypoints: the same of keypoints.
-        oriented: the same of turned boxes, if every object of the labels has an outline; `numbers` are of the upright boxes around them.
+        oriented: the same of turned boxes by their probabilistic overlap, as ultralytics measures, if every object of the labels has an outline;
+            `numbers` are of the upright boxes around them.
+        polygons: the same turned boxes by the intersection over union of their outlines, as DOTA measures.
     """
 
     numbers: dict[str, float]
@@ -74,6 +76,7 @@ class Evaluation:
     masks: Scores | None = None
     keypoints: Scores | None = None
     oriented: Scores | None = None
+    polygons: Scores | None = None
 
 
 def evaluate(detector: Detector, labels: Labels, score: float = 0.25, progress: bool = False) -> Evaluation:
@@ -94,7 +97,7 @@ def evaluate(detector: Detector, labels: Labels, score: float = 0.25, progress: 
     numbers = dict(zip(labels.names, labels.numbers or range(len(labels.names)), strict=True))
     predictions: list[dict[str, Any]] = []
     confusion = np.zeros((len(labels.names) + 1, len(labels.names) + 1))
-    everything = Options(score=0.001, most=300, several=True, run_lengths=True)
+    everything = Options(score=0.001, most=300, several=True)
     further = _further(detector, labels)
     more: list[dict[str, Any]] = []
     for picture in track(labels.pictures, "measuring", console=Console(stderr=True), disable=not progress):
@@ -114,8 +117,8 @@ def evaluate(detector: Detector, labels: Labels, score: float = 0.25, progress: 
     there = {picture.number: (_there(picture, further), picture.classes) for picture in labels.pictures}
     shown = more if further == "oriented" else predictions
     curves = {name: _curve(there, shown, numbers[name], position) for position, name in enumerate(labels.names)}
-    scored = None if further is None else Scores(*average_precision(coco_ground_truth(labels, further), more, further, labels.sigmas), more)
-    named = {} if further is None else {SHOWN[further]: scored}
+    kinds: list[Kind] = [] if further is None else ["oriented", "polygons"] if further == "oriented" else [further]
+    named = {SHOWN[kind]: Scores(*average_precision(coco_ground_truth(labels, kind), more, kind, labels.sigmas), more) for kind in kinds}
     return Evaluation(whole, classes, curves, confusion, predictions, **named)
 
 
@@ -233,12 +236,13 @@ def evaluate_command(
     measured = {name: scores for name in SHOWN.values() if (scores := getattr(found, name)) is not None}
     for name, scores in measured.items():
         summary[name] = {**scores.numbers, "classes": scores.classes}
-        files[f"predictions_{name}.json"] = scores.predictions
+        if name != "polygons":  # the same predictions, measured otherwise
+            files[f"predictions_{name}.json"] = scores.predictions
     for name, content in files.items():
         with atomic_write(folder / name) as temporary:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
     for name, figure in (
-        ("precision_recall.png", draw_precision_recall(found.curves)),
+        ("precision_recall.png", draw_precision_recall({name: curve for name, curve in found.curves.items() if found.classes[name] >= 0})),
         ("confusion.png", draw_confusion(found.confusion, labels.names, score)),
     ):
         with atomic_write(folder / name) as temporary:
@@ -259,4 +263,6 @@ def evaluate_command(
 
 def _print_scores(title: str, numbers: dict[str, float], classes: dict[str, float], shown: tuple[str, ...]) -> None:
     print(title + "  ".join(f"{name} {numbers[name]:.3f}" for name in shown))
-    print(title + "  ".join(f"{name} {value:.3f}" for name, value in classes.items()))
+    asked = {name: value for name, value in classes.items() if value >= 0}
+    absent = len(classes) - len(asked)
+    print(title + "  ".join(f"{name} {value:.3f}" for name, value in asked.items()) + (f"  ({absent} classes without objects)" if absent else ""))

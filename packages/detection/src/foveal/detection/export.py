@@ -124,7 +124,7 @@ def export_command(
     weights, model = load_weights(source, "yolov13"), model_from_weights(source)
     assert isinstance(model, YOLOv13)
     names = json.loads(weights.metadata.get("names", "[]"))
-    size = image_size or int(weights.metadata.get("image_size", 640))
+    size = int(weights.metadata.get("image_size", 640)) if image_size is None else image_size
     worst = export_onnx(model, output, image_size=size, half=half, names=names)
     megabytes = output.stat().st_size / 1e6
     if as_json:

@@ -158,7 +158,7 @@ class HeadPoser:
         metadata = load_weights(source, "direct_mhp").metadata
         model = model_from_weights(source, "direct_mhp")
         assert isinstance(model, DirectMHP)
-        poser = cls(model, image_size or int(metadata.get("image_size", 1280)), resolve_device(device))
+        poser = cls(model, int(metadata.get("image_size", 1280)) if image_size is None else image_size, resolve_device(device))
         if _never_trained(model):
             poser.doubt = f"the weights in {source} are as they were drawn at random: no training has touched them, and what they find means nothing"
         elif metadata.get("learned_from") == "drawn heads":

@@ -26,7 +26,7 @@ def benchmark_command(
     checkpoint: Path | None = None,
     scale: str = "n",
     onnx: Path | None = None,
-    image_size: int = 640,
+    image_size: int | None = None,
     batch: int = 1,
     rounds: int = 20,
     precision: str = "float32",
@@ -40,7 +40,7 @@ def benchmark_command(
         checkpoint: weights; None draws a network of `scale` at random, which takes as long.
         scale: of a random network.
         onnx: a file of ``export``, measured beside it.
-        image_size: side of the pictures.
+        image_size: side of the pictures; None is what the ONNX file was exported for, or 640.
         batch: pictures a call.
         rounds: calls of each, after three that do not count.
         precision: "float32", "float16" or "bfloat16".
@@ -52,12 +52,17 @@ def benchmark_command(
         UserError: an option out of range.
     """
     types = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if threads is not None:
+        if threads < 1:
+            raise UserError(f"expected --threads of at least 1; got {threads}")
+        torch.set_num_threads(threads)
     if precision not in types:
         raise UserError(f"expected --precision among {', '.join(types)}; got {precision!r}")
+    session = None if onnx is None else _session(onnx, threads)
+    if image_size is None:
+        image_size = 640 if session is None else session.get_inputs()[0].shape[2]
     if image_size < 32 or image_size % 32 or batch < 1 or rounds < 1:
         raise UserError(f"expected an image size that is a multiple of 32, and a batch and rounds of at least 1; got {image_size}, {batch}, {rounds}")
-    if threads is not None:
-        torch.set_num_threads(threads)
     place = resolve_device(device)
     model = YOLOv13(_config(scale)).eval() if checkpoint is None else model_from_weights(checkpoint)
     assert isinstance(model, YOLOv13)
@@ -68,8 +73,8 @@ def benchmark_command(
         "torch, inference form": lambda: answering(given).decoded,
         "torch, as trained": lambda: trained(given).decoded,
     }
-    if onnx is not None:
-        calls["ONNX Runtime, CPU"] = _session(onnx, images, threads)
+    if session is not None:
+        calls["ONNX Runtime, CPU"] = _call(session, images, onnx)
     seconds: dict[str, list[float]] = {label: [] for name in calls for label in (name, f"{name} + suppression")}
     with torch.no_grad():
         for round_number in range(rounds + 3):
@@ -92,7 +97,8 @@ def benchmark_command(
         for name, values in seconds.items()
     }
     setting: dict[str, Any] = {
-        "scale": model.config.scale, "image_size": image_size, "batch": batch, "precision": precision, "rounds": rounds, "clock": "wall",
+        "weights": "drawn at random" if checkpoint is None else checkpoint.name, "scale": model.config.scale, "task": model.config.task,
+        "classes": model.config.classes, "image_size": image_size, "batch": batch, "precision": precision, "rounds": rounds, "clock": "wall",
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
@@ -113,7 +119,7 @@ def _config(scale: str) -> YOLOv13Config:
         raise UserError(str(error)) from None
 
 
-def _session(file: Path, images: torch.Tensor, threads: int | None) -> Callable[[], torch.Tensor]:
+def _session(file: Path, threads: int | None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -122,7 +128,14 @@ def _session(file: Path, images: torch.Tensor, threads: int | None) -> Callable[
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has no common class for what a bad file raises
-        raise UserError(f"expected an ONNX file of foveal detection export; {file} cannot be loaded: {str(error)[:120]}") from None
+        raise UserError(f"expected an ONNX file of foveal detection export; {file} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+    shape = session.get_inputs()[0].shape
+    if len(shape) != 4 or shape[1] != 3 or not all(isinstance(side, int) for side in shape[2:]):
+        raise UserError(f"expected an ONNX file of foveal detection export, which takes (batch, 3, height, width); {file} takes {shape}")
+    return session
+
+
+def _call(session: Any, images: torch.Tensor, file: Path | None) -> Callable[[], torch.Tensor]:
     entry = session.get_inputs()[0]
     if list(entry.shape[1:]) != list(images.shape[1:]):
         raise UserError(f"expected --image-size {entry.shape[2]}, which {file} was exported for; got {images.shape[2]}")

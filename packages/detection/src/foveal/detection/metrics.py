@@ -15,6 +15,8 @@ from pycocotools.cocoeval import COCOeval, Params
 
 from foveal.core.errors import UserError
 from foveal.detection.data.labels import LabelledPicture, Labels
+from foveal.detection.masks import Masks, encoded
+from foveal.detection.polygons import is_convex, polygon_overlap
 from foveal.detection.postprocess import corners_of_turned, probabilistic_overlap
 
 #: The twelve numbers of COCO, in its order.
@@ -22,7 +24,7 @@ NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10
 #: Its ten of keypoints.
 KEYPOINT_NAMES = ("AP", "AP50", "AP75", "AP_medium", "AP_large", "AR", "AR50", "AR75", "AR_medium", "AR_large")
 #: What predictions are compared by.
-Kind = Literal["bbox", "segm", "keypoints", "oriented"]
+Kind = Literal["bbox", "segm", "keypoints", "oriented", "polygons"]
 #: How much of its box an object fills where nothing says so: ultralytics' value, by which its own keypoints are measured.
 _FILLED = 0.53
 
@@ -33,7 +35,7 @@ def coco_ground_truth(labels: Labels, kind: Kind = "bbox") -> dict[str, Any]:
     Args:
         labels: of the pictures.
         kind: what will be compared. Where the labels do not give an object's area it is for "bbox" the box's, for "segm" the mask's, and for
-            "keypoints" 0.53 of the box's. Of "oriented" it is the turned box's, which is the smallest around the object's outline.
+            "keypoints" 0.53 of the box's. Of "oriented" and "polygons" it is the turned box's, which is the smallest around the object's outline.
 
     Raises:
         ValueError: masks, keypoints or turned boxes are asked for, and objects lack masks, keypoints or outlines.
@@ -41,11 +43,11 @@ def coco_ground_truth(labels: Labels, kind: Kind = "bbox") -> dict[str, Any]:
     numbers = labels.numbers or list(range(len(labels.names)))
     annotations: list[dict[str, Any]] = []
     for picture in labels.pictures:
-        turned = turned_boxes(picture) if kind == "oriented" else None
+        turned = turned_boxes(picture) if kind in ("oriented", "polygons") else None
         if (
             (kind == "segm" and len(picture.masks) != len(picture.boxes))
             or (kind == "keypoints" and len(picture.boxes) and picture.keypoints is None)
-            or (kind == "oriented" and turned is None)
+            or (kind in ("oriented", "polygons") and turned is None)
         ):
             raise ValueError(f"{kind} of every object are needed; {picture.path} has boxes alone")
         groups = (
@@ -65,9 +67,9 @@ def coco_ground_truth(labels: Labels, kind: Kind = "bbox") -> dict[str, Any]:
                 elif kind == "keypoints":
                     entry |= _keypoints(keypoints[row] if keypoints is not None else np.zeros((1, 3)))
                     entry["area"] *= _FILLED
-                elif kind == "oriented":
-                    assert turned is not None
+                elif turned is not None:
                     entry["rbox"] = turned[row].tolist() if not crowd else [*((box[:2] + box[2:]) / 2).tolist(), width, height, 0.0]
+                    entry["segmentation"] = [_quadrilateral(picture.outlines[row], turned[row]) if not crowd else _polygon(box)]
                     entry["area"] = entry["rbox"][2] * entry["rbox"][3]
                 if areas is not None and np.isfinite(areas[row]):
                     entry["area"] = float(areas[row])
@@ -85,6 +87,12 @@ def coco_ground_truth(labels: Labels, kind: Kind = "bbox") -> dict[str, Any]:
 def _polygon(box: np.ndarray) -> list[float]:
     left, top, right, bottom = (float(value) for value in box)
     return [left, top, right, top, right, bottom, left, bottom]
+
+
+def _quadrilateral(outline: np.ndarray, turned: np.ndarray) -> list[float]:
+    """An outline of four corners as it is, which DOTA measures by; of any other the smallest turned box around it."""
+    corners = outline if len(outline) == 4 and is_convex(outline) else corners_of_turned(turned[None])[0]
+    return corners.ravel().tolist()
 
 
 def _area(mask: Any, size: tuple[int, int]) -> float:
@@ -114,21 +122,13 @@ def coco_predictions(number: int, boxes: np.ndarray, scores: np.ndarray, categor
     ]
 
 
-def coco_masks(number: int, masks: Iterable[Any], scores: np.ndarray, categories: Sequence[int]) -> list[dict[str, Any]]:
-    """Masks found in picture `number` as COCO's result files have them; `masks` are arrays (height, width) or run lengths."""
+def coco_masks(number: int, masks: Masks | Iterable[np.ndarray], scores: np.ndarray, categories: Sequence[int]) -> list[dict[str, Any]]:
+    """Masks found in picture `number` as COCO's result files have them; `masks` may be arrays (height, width) too."""
+    lengths = (masks.run_lengths(row) for row in range(len(masks))) if isinstance(masks, Masks) else (encoded(mask) for mask in masks)
     return [
-        {
-            "image_id": number, "category_id": int(category), "score": float(score),
-            "segmentation": encoded(mask) if isinstance(mask, np.ndarray) else mask,
-        }
-        for mask, score, category in zip(masks, scores, categories, strict=True)
-    ]  # fmt: skip
-
-
-def encoded(mask: np.ndarray) -> dict[str, Any]:
-    """A mask (height, width) as COCO's run lengths, fit for JSON."""
-    found: Any = run_lengths.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": [int(value) for value in found["size"]], "counts": found["counts"].decode("ascii")}
+        {"image_id": number, "category_id": int(category), "score": float(score), "segmentation": mask}
+        for mask, score, category in zip(lengths, scores, categories, strict=True)
+    ]
 
 
 def coco_keypoints(number: int, keypoints: np.ndarray, scores: np.ndarray, categories: Sequence[int]) -> list[dict[str, Any]]:
@@ -168,7 +168,7 @@ def coco_oriented(number: int, oriented: np.ndarray, boxes: np.ndarray, scores: 
 
 
 class _TurnedEvaluation(COCOeval):
-    """COCO's evaluation of boxes that are turned: what they share is their probabilistic overlap, all else as of upright boxes.
+    """COCO's evaluation of boxes that are turned: by their probabilistic overlap, all else as of upright boxes.
 
     A crowd, which may hold many objects, takes the share of the upright box that lies in its own, as COCO has it.
     """
@@ -179,13 +179,26 @@ class _TurnedEvaluation(COCOeval):
         if not objects or not found:
             return []
         found = sorted(found, key=lambda entry: -entry["score"])[: self.params.maxDets[-1]]
-        turned = [torch.tensor([entry["rbox"] for entry in entries], dtype=torch.float64) for entries in (found, objects)]
-        shared = probabilistic_overlap(*turned).numpy()
+        shared = self.overlap(found, objects)
         crowds = np.array([bool(entry["iscrowd"]) for entry in objects])
         if crowds.any():
             upright = run_lengths.iou([entry["bbox"] for entry in found], [entry["bbox"] for entry in objects], crowds.astype(np.uint8).tolist())
             shared[:, crowds] = upright[:, crowds]
         return shared
+
+    def overlap(self, found: list[dict[str, Any]], objects: list[dict[str, Any]]) -> np.ndarray:
+        """Of predictions (rows) with objects."""
+        turned = [torch.tensor([entry["rbox"] for entry in entries], dtype=torch.float64) for entries in (found, objects)]
+        return probabilistic_overlap(*turned).numpy()
+
+
+class _PolygonEvaluation(_TurnedEvaluation):
+    """The same by the intersection over union of the outlines, which have four corners each, as DOTA's evaluation has it."""
+
+    def overlap(self, found: list[dict[str, Any]], objects: list[dict[str, Any]]) -> np.ndarray:
+        """Of predictions (rows) with objects."""
+        outlines = [np.array([entry["segmentation"][0] for entry in entries]).reshape(-1, 4, 2) for entries in (found, objects)]
+        return polygon_overlap(*outlines)
 
 
 def average_precision(
@@ -197,7 +210,7 @@ def average_precision(
         truth: as `coco_ground_truth` gives it for this kind.
         predictions: of all pictures, as `coco_predictions`, `coco_masks`, `coco_keypoints` or `coco_oriented` give them.
         kind: "bbox" compares boxes and "segm" masks by what they share, "keypoints" keypoints by COCO's similarity (OKS), "oriented" turned boxes
-            by their probabilistic overlap, as ultralytics does.
+            by their probabilistic overlap, as ultralytics does, and "polygons" by the intersection over union of their outlines, as DOTA does.
         sigmas: of the keypoints; by default COCO's where they are its 17, else 1 / keypoints for each, as ultralytics has it.
     """
     names = KEYPOINT_NAMES if kind == "keypoints" else NAMES
@@ -212,10 +225,10 @@ def average_precision(
         reference.dataset = truth
         reference.createIndex()
         results = reference.loadRes([dict(entry) for entry in predictions])  # it writes into what it is given
-        if kind == "oriented":
+        if kind in ("oriented", "polygons"):
             for entry in results.dataset["annotations"]:
                 entry["area"] = entry["rbox"][2] * entry["rbox"][3]
-            evaluation = _TurnedEvaluation(reference, results, "bbox")
+            evaluation: COCOeval = (_TurnedEvaluation if kind == "oriented" else _PolygonEvaluation)(reference, results, "bbox")
         else:
             evaluation = COCOeval(reference, results, kind)
         if kind == "keypoints":

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from foveal.detection.predict import Detections
 
 
+#: Classes beyond which their names and numbers are drawn small.
+_MANY = 12
+
+
 def colour_of(number: int) -> tuple[int, int, int]:
     """A bright colour, far from those of the classes before it."""
     red, green, blue = colorsys.hsv_to_rgb((0.02 + number * 0.618034) % 1.0, 0.75, 0.95)
@@ -31,10 +35,14 @@ def draw(image: UInt8[np.ndarray, "height width 3"], found: Detections) -> UInt8
     """A copy of the picture with its objects: boxes, names and scores, and masks or keypoints where there are any."""
     canvas = Image.fromarray(image).convert("RGB")
     if found.masks is not None:
-        shaded = np.asarray(canvas).astype(np.float32)
-        for mask, number in zip(found.masks, found.classes, strict=True):
-            shaded[mask] = 0.55 * shaded[mask] + 0.45 * np.array(colour_of(int(number)))
-        canvas = Image.fromarray(shaded.round().astype(np.uint8))
+        shaded = np.array(canvas)
+        for row, number in enumerate(found.classes):
+            start, first, inside = found.masks.crop(row)
+            part = shaded[first : first + inside.shape[0], start : start + inside.shape[1]]
+            for channel, value in enumerate(colour_of(int(number))):
+                lighter = (0.55 * np.arange(256) + 0.45 * value).round().astype(np.uint8)
+                part[..., channel][inside] = lighter[part[..., channel][inside]]
+        canvas = Image.fromarray(shaded)
     pen = ImageDraw.Draw(canvas)
     shorter = min(canvas.size)
     width, size = max(2, round(shorter / 300)), max(11, round(shorter / 45))
@@ -66,22 +74,30 @@ def draw_precision_recall(
     curves: dict[str, Float[np.ndarray, " recalls"]], title: str = "Precision over recall at an overlap of 0.5"
 ) -> matplotlib.figure.Figure:
     """One line a class, with its area in the legend; `curves` as `foveal.detection.evaluate.Evaluation` has them."""
-    figure = matplotlib.figure.Figure(figsize=(7, 5), layout="constrained")
+    many = len(curves) > _MANY
+    figure = matplotlib.figure.Figure(figsize=(12, 7) if many else (7, 5), layout="constrained")
     axes = figure.subplots()
     recalls = np.linspace(0, 1, 101)
     for number, (name, precision) in enumerate(curves.items()):
         colour = tuple(value / 255 for value in colour_of(number))
-        axes.plot(recalls, precision, color=colour, linewidth=2, label=f"{name}, AP50 {precision.mean():.3f}")
+        axes.plot(recalls, precision, color=colour, linewidth=1 if many else 2, label=f"{name}, AP50 {precision.mean():.3f}")
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=title)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left")
+    if many:
+        figure.legend(loc="outside right upper", fontsize=6, ncols=-(-len(curves) // 45))
+    elif curves:
+        axes.legend(loc="lower left")
     return figure
 
 
 def draw_confusion(counts: Float[np.ndarray, "true found"], names: Sequence[str], score: float) -> matplotlib.figure.Figure:
-    """What was taken for what: rows are what is there, columns what was found, the last of each is nothing."""
+    """What was taken for what: rows are what is there, columns what was found, the last of each is nothing. Of many classes those that occur."""
+    if len(names) > _MANY:
+        kept = [*np.flatnonzero(counts.sum(0)[:-1] + counts.sum(1)[:-1]), len(names)]
+        counts, names = counts[np.ix_(kept, kept)], [names[row] for row in kept[:-1]]
     labels = [*names, "nothing"]
-    side = max(4.5, 1.1 * len(labels))
+    many = len(names) > _MANY
+    side = 0.35 * len(labels) if many else max(4.5, 1.1 * len(labels))
     figure = matplotlib.figure.Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -91,8 +107,16 @@ def draw_confusion(counts: Float[np.ndarray, "true found"], names: Sequence[str]
         for column in range(len(labels)):
             if counts[row, column]:
                 dark = shares[row, column] > 0.5
-                axes.text(column, row, f"{int(counts[row, column])}", ha="center", va="center", color="white" if dark else "black")
-    axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
+                axes.text(
+                    column,
+                    row,
+                    f"{int(counts[row, column])}",
+                    ha="center",
+                    va="center",
+                    color="white" if dark else "black",
+                    fontsize=6 if many else None,
+                )
+    axes.set_xticks(range(len(labels)), labels, rotation=90 if many else 45, ha="center" if many else "right")
     axes.set_yticks(range(len(labels)), labels)
     axes.set(xlabel="found", ylabel="there", title=f"Objects at an overlap of 0.5, score {score:g} and more")
     return figure
@@ -131,7 +155,7 @@ def draw_hyperedges(model: YOLOv13, image: UInt8[np.ndarray, "height width 3"], 
             axes = grid[row][column]
             _heat(axes, shown, weights[:, column].view(height, -1).numpy())
             axes.set_title(f"{name}, {column + 1}", fontsize=8)
-    figure.suptitle("Hyperedges: where each gathers from", fontsize=10)
+    figure.suptitle("Hyperedges: where each gathers from. Bright is most, in each picture by its own scale", fontsize=10)
     return figure
 
 
@@ -145,11 +169,11 @@ def draw_areas(model: YOLOv13, image: UInt8[np.ndarray, "height width 3"], image
         at: the place, as shares of the picture's width and height.
     """
     blocks = {name: part for name, part in model.named_modules() if isinstance(part, AreaAttention)}
-    names: list[str] = []
+    titles: dict[str, str] = {}
     for stage in ("stage4", "stage5"):
         inside = [name for name in blocks if name.startswith(stage)]
-        names += [inside[0], inside[-1]]
-    chosen: dict[str, torch.nn.Module] = {name: blocks[name] for name in names}
+        titles |= {inside[0]: f"stage {stage[-1]}, first block", inside[-1]: f"stage {stage[-1]}, last block"}
+    chosen: dict[str, torch.nn.Module] = {name: blocks[name] for name in titles}
     shown, maps = _seen(model, image, image_size, chosen)
     figure = matplotlib.figure.Figure(figsize=(3 * len(chosen), 3 * shown.shape[0] / shown.shape[1] + 0.8), layout="constrained")
     for axes, (name, x) in zip(figure.subplots(1, len(chosen), squeeze=False)[0], maps.items(), strict=True):
@@ -169,8 +193,8 @@ def draw_areas(model: YOLOv13, image: UInt8[np.ndarray, "height width 3"], image
         for edge in range(1, block.areas):
             axes.axhline(edge * shown.shape[0] / block.areas, color="white", linewidth=1, linestyle=":")
         axes.plot((place % width + 0.5) / width * shown.shape[1], (place // width + 0.5) / height * shown.shape[0], "x", color="lime", markersize=9)
-        axes.set_title(f"{name.partition('.')[0]}, block {name.split('.')[2]}.{name.split('.')[3]}", fontsize=8)
-    figure.suptitle("Area attention of the marked place, mean over heads", fontsize=10)
+        axes.set_title(titles[name], fontsize=8)
+    figure.suptitle("What the marked place attends to, mean over heads. Bright is most; dotted lines are the edges of the areas", fontsize=10)
     return figure
 
 

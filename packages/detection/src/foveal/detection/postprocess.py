@@ -12,6 +12,7 @@ import torchvision
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from foveal.detection.masks import Masks
 from foveal.detection.models.heads import masks_of
 
 #: Boxes that go into the suppression at most.
@@ -20,8 +21,10 @@ _CANDIDATES = 30_000
 _APART = 100_000.0
 #: Turned boxes that are held against all surer ones at once.
 _BLOCK = 512
-#: Masks that are brought to a picture's size at once.
+#: Masks that are brought to the size that the network saw at once.
 _MASKS = 16
+#: Pixels of a picture whose logits are in memory at once.
+_PIXELS = 1 << 22
 
 
 @dataclass  # not frozen: Lightning moves what a step predicts to the CPU in place
@@ -188,8 +191,10 @@ def masks_in_picture(
     factor: float,
     padding: tuple[int, int],
     size: tuple[int, int],
-) -> Iterator[Bool[np.ndarray, "size_height size_width"]]:
-    """Masks of a picture's objects in its own pixels, a few at a time in memory. A mask ends with its box.
+) -> Masks:
+    """Masks of a picture's objects in its own pixels. A mask ends with its box, and only there it is computed.
+
+    The values are those of the logits' bilinear interpolation to the size of the picture.
 
     Args:
         prototypes: of the picture.
@@ -200,13 +205,35 @@ def masks_in_picture(
         padding: on its left and top.
         size: width and height of the picture.
     """
-    rows, columns = round(size[1] * factor), round(size[0] * factor)
+    rows, columns = max(round(size[1] * factor), 1), max(round(size[0] * factor), 1)
     limits = boxes.round().int().tolist()
-    for start in range(0, len(boxes), _MASKS):
-        logits = masks_of(prototypes, coefficients[start : start + _MASKS], seen)
-        logits = logits[:, padding[1] : padding[1] + rows, padding[0] : padding[0] + columns]
-        whole = (F.interpolate(logits[None], (size[1], size[0]), mode="bilinear", align_corners=False)[0] > 0).cpu().numpy()
-        for mask, (left, top, right, bottom) in zip(whole, limits[start : start + _MASKS], strict=True):
-            own = np.zeros_like(mask)
-            own[top:bottom, left:right] = mask[top:bottom, left:right]
-            yield own
+
+    def crops() -> Iterator[tuple[int, int, np.ndarray]]:
+        for start in range(0, len(boxes), _MASKS):
+            logits = masks_of(prototypes, coefficients[start : start + _MASKS], seen)
+            logits = logits[:, padding[1] : padding[1] + rows, padding[0] : padding[0] + columns]
+            for own, box in zip(logits, limits[start : start + _MASKS], strict=True):
+                yield box[0], box[1], _positive(own, box, size)
+
+    return Masks(size, crops())
+
+
+def _positive(logits: Float[Tensor, "height width"], box: Sequence[int], size: tuple[int, int]) -> Bool[np.ndarray, "rows columns"]:
+    """Where the logits, stretched to `size` (width, height), are above nothing, within a box (left, top, right, bottom) of whole pixels."""
+    left, top, right, bottom = box
+    before, after, share = _cells(left, right, logits.shape[1], size[0], logits)
+    across = logits[:, before] * (1 - share) + logits[:, after] * share
+    found = np.empty((bottom - top, right - left), bool)
+    step = max(_PIXELS // max(right - left, 1), 1)
+    for start in range(top, bottom, step):
+        before, after, share = _cells(start, min(start + step, bottom), logits.shape[0], size[1], logits)
+        block = across[before] * (1 - share[:, None]) + across[after] * share[:, None]
+        found[start - top : start - top + step] = (block > 0).cpu().numpy()
+    return found
+
+
+def _cells(start: int, end: int, cells: int, pixels: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The cells that pixels lie between, and the share of the second, as `torch.nn.functional.interpolate` has it without aligned corners."""
+    place = (torch.arange(start, end, device=like.device, dtype=like.dtype) + 0.5).mul_(cells / pixels).sub_(0.5).clamp_min_(0)
+    before = place.long().clamp_max_(cells - 1)
+    return before, (before + 1).clamp_max_(cells - 1), place - before

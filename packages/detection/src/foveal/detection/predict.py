@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,10 +18,14 @@ from foveal.core.device import resolve_device
 from foveal.core.errors import UserError
 from foveal.detection.checkpoints import model_from_weights
 from foveal.detection.data.pictures import read_picture
-from foveal.detection.metrics import encoded
+from foveal.detection.masks import Masks
 from foveal.detection.models.inference import inference_form
 from foveal.detection.models.yolov13 import YOLOv13
+from foveal.detection.polygons import shared_areas
 from foveal.detection.postprocess import Found, back_to_picture, corners_of_turned, letterbox, masks_in_picture, suppress, turned_in_picture
+
+if TYPE_CHECKING:
+    from ultralytics.engine.results import Results
 
 #: Where the package's own weights are.
 WEIGHTS = Path(__file__).parent / "weights"
@@ -40,7 +44,7 @@ class Detections:
         scores: from 0 to 1.
         classes: numbers.
         names: of all classes.
-        masks: True where the object is, if the network has masks: (objects, height, width); with `Options.run_lengths` one dictionary an object.
+        masks: True where the object is, if the network has masks: ``masks[0]`` is (height, width), ``np.asarray(masks)`` (objects, height, width).
         keypoints: x, y in pixels and, if the network has it, visibility.
         oriented: centre x, centre y, width, height in pixels and angle in radians.
     """
@@ -50,7 +54,7 @@ class Detections:
     scores: Float[np.ndarray, " objects"]
     classes: Int[np.ndarray, " objects"]
     names: Sequence[str]
-    masks: np.ndarray | None = None
+    masks: Masks | None = None
     keypoints: Float[np.ndarray, "objects keypoints numbers"] | None = None
     oriented: Float[np.ndarray, "objects 5"] | None = None
 
@@ -72,9 +76,22 @@ class Detections:
             if self.oriented is not None:
                 entry["oriented_box"] = np.round(self.oriented[row].astype(float), 4).tolist()
             if self.masks is not None:
-                entry["outline"] = outline_of(self.masks[row])
+                entry["outline"] = self.masks.outline(row)
             found.append(entry)
         return found
+
+    def to_ultralytics(self, picture: Picture) -> Results:
+        """The same as ``ultralytics.engine.results.Results``, which has their plots, tables and text files; shapes as in `to_results`.
+
+        Args:
+            picture: that was looked at: the file, or the upright RGB array (height, width, 3) of bytes.
+
+        Raises:
+            UserError: no picture, or one of another size.
+        """
+        from foveal.detection.results import to_results
+
+        return to_results(self, picture)
 
     def to_yolo(self, scores: bool = False) -> str:
         """Lines of a YOLO label file, in shares of the picture: class, then the outline of a mask, or the corners of a turned box, or centre and
@@ -90,7 +107,7 @@ class Detections:
             if self.oriented is not None:
                 values = corners_of_turned(self.oriented[row : row + 1].astype(np.float64))[0] / size
             elif self.masks is not None:
-                outline = outline_of(self.masks[row])
+                outline = self.masks.outline(row)
                 values = np.array(outline if len(outline) > 2 else [[left, top], [right, top], [right, bottom], [left, bottom]]) / size
             else:
                 values = np.array([[(left + right) / 2, (top + bottom) / 2], [right - left, bottom - top]]) / size
@@ -101,14 +118,6 @@ class Detections:
             words = [str(int(number)), *(f"{value:.6f}" for value in numbers), *([f"{float(self.scores[row]):.4f}"] if scores else [])]
             lines.append(" ".join(words) + "\n")
         return "".join(lines)
-
-
-def outline_of(mask: np.ndarray) -> list[list[float]]:
-    """The longest outline of a mask, as points."""
-    import cv2
-
-    lines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    return [] if not lines else max(lines, key=len)[:, 0].astype(float).tolist()
 
 
 @dataclass
@@ -123,7 +132,6 @@ class Options:
         tile: side of the tiles that a large picture is cut into, in its own pixels; None looks at it as a whole.
         tile_overlap: share of a tile that its neighbour has too; objects larger than this can be cut.
         several: whether one place may be several classes at once, as COCO's evaluation has it.
-        run_lengths: whether masks are given as COCO's run lengths: hundreds of them in a large picture need no memory then. Not with tiles.
     """
 
     score: float = 0.25
@@ -133,7 +141,6 @@ class Options:
     tile: int | None = None
     tile_overlap: float = 0.25
     several: bool = False
-    run_lengths: bool = False
 
     def __post_init__(self) -> None:
         for name in ("score", "overlap"):
@@ -143,8 +150,6 @@ class Options:
             raise UserError(f"expected --most of at least 1; got {self.most}")
         if self.tile is not None and self.tile < 64:
             raise UserError(f"expected --tile of at least 64 pixels; got {self.tile}")
-        if self.tile is not None and self.run_lengths:
-            raise UserError("expected tiles or masks as run lengths; got both")
         if not 0 <= self.tile_overlap < 0.9:
             raise UserError(f"expected --tile-overlap from 0 to below 0.9; got {self.tile_overlap}")
 
@@ -197,7 +202,7 @@ class Detector:
         assert isinstance(model, YOLOv13)
         place = resolve_device(device)
         listed = names or json.loads(weights.metadata.get("names", "null")) or [str(number) for number in range(model.config.classes)]
-        size = image_size or int(weights.metadata.get("image_size", 640))
+        size = int(weights.metadata.get("image_size", 640)) if image_size is None else image_size
         return cls(inference_form(model).to(place), listed, size, place)
 
     def __call__(self, pictures: Picture | Iterable[Picture], **options: Any) -> list[Detections]:
@@ -215,7 +220,15 @@ class Detector:
         return [self.detect(read_picture(picture) if isinstance(picture, str | Path) else picture, chosen) for picture in several]
 
     def detect(self, image: UInt8[np.ndarray, "height width 3"], options: Options | None = None) -> Detections:
-        """Objects of one picture."""
+        """Objects of one picture.
+
+        Args:
+            image: upright RGB of bytes, (height, width, 3).
+            options: how they are looked for.
+
+        Raises:
+            UserError: another kind of array, or classes that the network does not know.
+        """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
             raise UserError(f"expected a picture of bytes, (height, width, 3); got {image.dtype} {image.shape}")
         options = options or Options()
@@ -230,7 +243,7 @@ class Detector:
     def _look(self, pixels: Tensor, options: Options) -> Detections:
         """Objects of a picture seen as a whole."""
         height, width = pixels.shape[1:]
-        image, factor, padding = letterbox(pixels.to(self.device).float() / 255, self.image_size)
+        image, factor, padding = letterbox(pixels.to(self.device).float().div_(255), self.image_size)
         with torch.no_grad():
             said = self.model(image[None].contiguous(memory_format=torch.channels_last))
         found = suppress(
@@ -238,7 +251,7 @@ class Detector:
             extra=None if said.extra is None else said.extra[0].float(), oriented=self.model.config.task == "oriented",
         )  # fmt: skip
         prototypes = None if said.prototypes is None else said.prototypes[0].float()
-        return self._in_picture(found, prototypes, factor, padding, (width, height), (image.shape[1], image.shape[2]), options.run_lengths)
+        return self._in_picture(found, prototypes, factor, padding, (width, height), (image.shape[1], image.shape[2]))
 
     def _in_picture(
         self,
@@ -248,7 +261,6 @@ class Detector:
         padding: tuple[int, int],
         size: tuple[int, int],
         inner: tuple[int, int],
-        run_lengths: bool = False,
     ) -> Detections:
         masks = keypoints = oriented = None
         boxes = found.boxes
@@ -258,11 +270,7 @@ class Detector:
         else:
             boxes = back_to_picture(boxes, factor, padding, size)
         if self.model.config.task == "segment" and prototypes is not None and found.extra is not None:
-            each = masks_in_picture(prototypes, found.extra, boxes, inner, factor, padding, size)
-            if run_lengths:
-                masks = np.array([encoded(mask) for mask in each], dtype=object)
-            else:
-                masks = np.stack(list(each)) if len(boxes) else np.zeros((0, size[1], size[0]), bool)
+            masks = masks_in_picture(prototypes, found.extra, boxes, inner, factor, padding, size)
         if self.model.config.task == "pose" and found.extra is not None:
             points = found.extra.unflatten(1, self.model.config.keypoints).clone()
             points[..., :2] = (points[..., :2] - points.new_tensor(padding)) / factor
@@ -308,17 +316,23 @@ class Detector:
             if len(kept) == options.most:
                 break
 
-        whole = Detections(several[0].size, boxes, scores, classes, self.names, joined("masks"), joined("keypoints"), turned)
+        each = [found.masks for found in several if found.masks is not None]
+        masks = Masks.joined(each) if each else None
+        whole = Detections(several[0].size, boxes, scores, classes, self.names, masks, joined("keypoints"), turned)
         return _rows(whole, np.array(kept, dtype=int))
 
     def _only(self, found: Detections, classes: Sequence[str] | None) -> Detections:
         if classes is None:
             return found
+        self.refuse_unknown(classes)
+        wanted = [number for number, name in enumerate(self.names) if name in classes]
+        return _rows(found, np.isin(found.classes, wanted))
+
+    def refuse_unknown(self, classes: Sequence[str]) -> None:
+        """Raise UserError for names that are of none of the network's classes."""
         unknown = sorted(set(classes) - set(self.names))
         if unknown:
             raise UserError(f"expected classes among {', '.join(self.names)}; got {', '.join(unknown)}")
-        wanted = [number for number, name in enumerate(self.names) if name in classes]
-        return _rows(found, np.isin(found.classes, wanted))
 
 
 def _starts(length: int, tile: int, overlap: float) -> list[int]:
@@ -339,17 +353,9 @@ def _covered(box: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 def _covered_turned(box: np.ndarray, others: np.ndarray) -> np.ndarray:
     """The same of turned boxes."""
-    import cv2
-
-    def rectangle(one: np.ndarray) -> Any:
-        return (float(one[0]), float(one[1])), (float(one[2]), float(one[3])), float(np.degrees(one[4]))
-
-    areas = []
-    for other in others:
-        _, points = cv2.rotatedRectangleIntersection(rectangle(box), rectangle(other))
-        common = 0.0 if points is None else cv2.contourArea(cv2.convexHull(points))
-        areas.append(common / max(min(box[2] * box[3], other[2] * other[3]), 1e-9))
-    return np.array(areas)
+    own = corners_of_turned(np.repeat(box[None], len(others), 0).astype(float))
+    common = shared_areas(own, corners_of_turned(others.astype(float)))
+    return common / np.maximum(np.minimum(box[2] * box[3], others[:, 2] * others[:, 3]), 1e-9)
 
 
 def _rows(found: Detections, kept: np.ndarray) -> Detections:
@@ -365,10 +371,7 @@ def _rows(found: Detections, kept: np.ndarray) -> Detections:
 def _moved(found: Detections, left: int, top: int, size: tuple[int, int]) -> Detections:
     """Objects of a tile in the picture that it was cut from."""
     shift = np.array([left, top], dtype=np.float32)
-    masks = None
-    if found.masks is not None:
-        masks = np.zeros((len(found), size[1], size[0]), bool)
-        masks[:, top : top + found.size[1], left : left + found.size[0]] = found.masks
+    masks = None if found.masks is None else found.masks.moved(left, top, size)
     keypoints, oriented = found.keypoints, found.oriented
     if keypoints is not None:
         keypoints = keypoints.copy()

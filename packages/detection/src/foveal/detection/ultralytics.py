@@ -6,6 +6,13 @@
 
 Sizes n, s, l and x; boxes alone. Backbone and neck are ours, the head is ultralytics' own Detect, so that its training, validation, prediction
 and exporters find what they look for. Checkpoints that ultralytics saves name our classes: import this module before loading them.
+
+The other way round, what our own `Detector` finds, masks, keypoints and turned boxes too, becomes one of ultralytics' ``Results``:
+
+>>> from foveal.detection import Detector
+>>> from foveal.detection.ultralytics import to_results
+>>> found = Detector.from_pretrained()("smear.jpg")[0]
+>>> to_results(found, "smear.jpg").plot()  # or found.to_ultralytics("smear.jpg")
 """
 
 from __future__ import annotations
@@ -19,6 +26,9 @@ from torch import Tensor, nn
 
 from foveal.detection.borrowed import UltralyticsDetect, engine, tasks
 from foveal.detection.models.yolov13 import SCALES, YOLOv13, YOLOv13Config
+from foveal.detection.results import to_results
+
+__all__ = ["BackboneAndNeck", "install", "parse_model", "to_results", "yaml_model_load"]
 
 _NAME = re.compile(r"^yolov13([nslx]?)\.ya?ml$")
 _load, _parse = tasks.yaml_model_load, tasks.parse_model

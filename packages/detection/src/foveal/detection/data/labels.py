@@ -126,6 +126,15 @@ def read_labels(source: str | Path, split: str = "train", *, images: str | Path 
 # ----------------------------------------------------------------------------------------------------------------------------- what all share
 
 
+def _lack(error: Exception) -> str:
+    """What a file lacks that could not be read."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error.args[0]!r}"
+    if isinstance(error, TypeError):
+        return "what it holds is arranged otherwise"
+    return " ".join(str(error).split())
+
+
 def _picture(path: Path, problems: list[Problem], declared: tuple[int, int] | None = None) -> tuple[int, int] | None:
     """Size of a picture; None, and a problem, where it is missing or none."""
     if not path.is_file():
@@ -285,7 +294,7 @@ def _read_coco(file: Path, images: str | Path | None) -> Labels:
         numbers = [int(category["id"]) for category in categories]
         names = [str(category["name"]) for category in categories]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"expected a COCO file with images, annotations and categories; {file} is none: {error!r}; check it") from None
+        raise UserError(f"expected a COCO file with images, annotations and categories; {file} is none: {_lack(error)}; check it") from None
     folder = Path(images) if images is not None else file.parent / "images" if (file.parent / "images").is_dir() else file.parent
     problems: list[Problem] = []
     index = {number: position for position, number in enumerate(numbers)}
@@ -300,8 +309,13 @@ def _read_coco(file: Path, images: str | Path | None) -> Labels:
     labels = Labels(names, [], problems, numbers)
     posed = [category for category in categories if category.get("keypoints")]
     labels.sigmas = [float(value) for value in posed[0].get("sigmas") or []] if posed else []
+    seen: dict[Any, str] = {}
     for entry in listed:
         path = folder / entry["file_name"]
+        if entry["id"] in seen:
+            problems.append(Problem("duplicate number", f"{file}, picture {entry['id']}", f"is {seen[entry['id']]}; {path.name} is left out"))
+            continue
+        seen[entry["id"]] = path.name
         size = _picture(path, problems, (entry["width"], entry["height"]) if "width" in entry and "height" in entry else None)
         if size is not None:
             labels.pictures.append(_coco_picture(file, path, size, entry["id"], of_picture.get(entry["id"], []), index, problems, bool(posed)))
@@ -355,7 +369,7 @@ def _read_yolo(file: Path, split: str) -> Labels:
         listed = settings["names"]
         names = [str(listed[key]) for key in sorted(listed)] if isinstance(listed, dict) else [str(name) for name in listed]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"expected a YOLO data file with names and parts; {file} is none: {error!r}; check it") from None
+        raise UserError(f"expected a YOLO data file with names and parts; {file} is none: {_lack(error)}; check it") from None
     part = settings.get(split)
     if not part:
         there = ", ".join(key for key in ("train", "val", "test") if settings.get(key)) or "none"
@@ -418,7 +432,7 @@ def _yolo_picture(
         except ValueError:
             problems.append(Problem("damaged labels", place, f"is not numbers: {line[:60]!r}"))
             continue
-        if values[0] != int(values[0]) or not 0 <= int(values[0]) < classes:
+        if not values[0].is_integer() or not 0 <= int(values[0]) < classes:
             problems.append(Problem("class out of range", place, f"class {words[0]} of 0 to {classes - 1}"))
             continue
         posed = shape is not None and len(values) == 5 + shape[0] * shape[1]

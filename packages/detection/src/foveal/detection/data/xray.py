@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write
+from foveal.core.files import atomic_write, output_folder
 from foveal.core.resumable import ResumableDataLoader
 from foveal.detection.data.pictures import PICTURES, read_picture
 from foveal.detection.data.projection import Crop, Scene, drawn_bag, drawn_crops, project, read_crops
-from foveal.detection.metrics import encoded
+from foveal.detection.masks import encoded
 from foveal.detection.models.sdanet_loss import Objects
 
 CLASSES = ("Baton", "Pliers", "Hammer", "Powerbank", "Scissors", "Wrench", "Gun", "Bullet", "Sprayer", "HandCuffs", "Knife", "Lighter")
@@ -327,18 +327,22 @@ def write_scenes(scenes: MadeScenes, folder: str | Path) -> Path:
     """Write made scenes as PNG files and ``annotations.json`` (COCO, with masks) into a folder, and return the JSON's path.
 
     Raises:
-        UserError: the folder holds something already.
+        UserError: the folder holds something already or cannot be written, or a picture of a bag cannot be read. Nothing is left in it then.
     """
-    root = Path(folder)
-    if root.exists() and any(root.iterdir()):
+    root = output_folder(folder)
+    if any(root.iterdir()):
         raise UserError(f"expected an empty folder for the scenes; {root} holds files; name another one")
-    root.mkdir(parents=True, exist_ok=True)
-    for place, number in enumerate(scenes.numbers):
-        pixels = np.round(scenes.scene(place).passes * 255).astype(np.uint8)
-        with atomic_write(root / f"{number:06d}.png") as temporary:
-            temporary.write_bytes(cv2.imencode(".png", pixels[..., ::-1])[1].tobytes())
-    with atomic_write(root / "annotations.json") as temporary:
-        temporary.write_text(json.dumps(scenes.truth), encoding="utf-8")
+    try:
+        for place, number in enumerate(scenes.numbers):
+            pixels = np.round(scenes.scene(place).passes * 255).astype(np.uint8)
+            with atomic_write(root / f"{number:06d}.png") as temporary:
+                temporary.write_bytes(cv2.imencode(".png", pixels[..., ::-1])[1].tobytes())
+        with atomic_write(root / "annotations.json") as temporary:
+            temporary.write_text(json.dumps(scenes.truth), encoding="utf-8")
+    except BaseException:
+        for written in root.glob("*.*"):  # scenes without labels would only be in the way of the next call
+            written.unlink()
+        raise
     return root / "annotations.json"
 
 
@@ -348,7 +352,7 @@ def project_command(
     """``foveal detection project``: what `write_scenes` writes, and one line that says where."""
     items = read_crops(crops, CLASSES) if crops else drawn_crops(CLASSES)
     file = write_scenes(MadeScenes(count, items, CLASSES, pictures_of(bags) if bags else (), side, most, seed), output)
-    print(f"{count} scenes with their labels: {file}")
+    print(f"{count} scene{'s' if count > 1 else ''} with labels and masks: {file}")
     return 0
 
 

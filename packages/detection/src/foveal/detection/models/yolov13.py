@@ -89,10 +89,13 @@ class YOLOv13Config:
 
 
 class YOLOv13(nn.Module):
-    """The network. Sides of a picture must be multiples of 32.
+    """The network of section 3 of the paper: pictures (batch, 3, height, width) in, what is in them out, as `Prediction` has it.
 
     Args:
-        config: sizes.
+        config: sizes; by default the smallest, of COCO's 80 classes.
+
+    Raises:
+        ValueError: from a call, pictures whose sides are no multiples of 32, or that have not three channels.
     """
 
     def __init__(self, config: YOLOv13Config | None = None) -> None:
@@ -177,7 +180,7 @@ class YOLOv13(nn.Module):
         return self.head.raw(self.levels(image))
 
     def forward(self, image: Float[Tensor, "batch 3 height width"]) -> Prediction:
-        """What is in a picture whose pixels are in 0..1, red first."""
+        """What is in pictures whose pixels are in 0..1, red first: boxes in pixels, scores, and what else was found."""
         return self.head(self.levels(image))
 
 

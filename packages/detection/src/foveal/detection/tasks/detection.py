@@ -25,9 +25,17 @@ from foveal.detection.metrics import Kind, average_precision, coco_ground_truth,
 from foveal.detection.models.heads import Prediction
 from foveal.detection.models.yolov13 import YOLOv13, YOLOv13Config
 from foveal.detection.postprocess import Found, back_to_picture, masks_in_picture, suppress, turned_in_picture
+from foveal.detection.tasks.starting import say_start
 
-#: What a network of a task is measured by besides its boxes, and how that is called in the log.
-FURTHER: dict[str, tuple[Kind, str]] = {"segment": ("segm", "mask"), "pose": ("keypoints", "keypoint"), "oriented": ("oriented", "oriented")}
+#: What a network of a task finds besides boxes.
+FURTHER: dict[str, Kind] = {"segment": "segm", "pose": "keypoints", "oriented": "oriented"}
+#: What each is measured by, and how that is called in the log.
+MEASURED: dict[Kind, dict[Kind, str]] = {
+    "bbox": {"bbox": ""},
+    "segm": {"segm": "mask_"},
+    "keypoints": {"keypoints": "keypoint_"},
+    "oriented": {"oriented": "oriented_", "polygons": "polygon_"},
+}
 
 
 class DetectionTask(pl.LightningModule):
@@ -35,7 +43,8 @@ class DetectionTask(pl.LightningModule):
 
     Logged: ``train/<part of the loss>``, ``val/AP``, ``val/AP50``, ``val/AP75`` and so for ``test``, with the AP of every class. Of masks and
     keypoints as well: ``val/mask_AP``, ``val/mask_AP50``, ``val/mask_AP75``, ``val/mask_AP_<class>``, and so ``val/keypoint_AP``. Of turned boxes
-    ``val/oriented_AP``; ``val/AP`` is then of the upright boxes around them.
+    ``val/oriented_AP`` by their probabilistic overlap and ``val/polygon_AP`` by the intersection over union of their outlines; ``val/AP`` is then of
+    the upright boxes around them.
 
     Args:
         config: of the network; its classes must be as many as the data's.
@@ -76,8 +85,8 @@ class DetectionTask(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.network = YOLOv13(config)
-        if weights is not None:
-            self.left_at_random = start_from(self.network, weights)
+        self.weights = weights
+        self.left_at_random = [] if weights is None else start_from(self.network, weights)
         if channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss = DetectionLoss(config, box, cls, dfl)
@@ -87,6 +96,10 @@ class DetectionTask(pl.LightningModule):
         self._found: dict[Kind, list[dict[str, Any]]] = {}
 
     # ------------------------------------------------------------------------------------------------------------------------------ training
+
+    def on_fit_start(self) -> None:
+        """Say what was taken over of the weights."""
+        say_start(self.trainer, self.network, self.weights, self.left_at_random)
 
     def setup(self, stage: str) -> None:
         """The head must have the data's classes."""
@@ -212,7 +225,7 @@ class DetectionTask(pl.LightningModule):
 
     def _kinds(self) -> list[Kind]:
         further = FURTHER.get(self.network.config.task)
-        return ["bbox", *([further[0]] if further else [])]
+        return ["bbox", *([further] if further else [])]
 
     def _suppressed(self, said: Prediction, row: int, **how: Any) -> Found:
         """The objects of a picture of the batch, in the pixels that the network saw."""
@@ -249,14 +262,14 @@ class DetectionTask(pl.LightningModule):
 
     def _report(self, part: str) -> None:
         labels = self._labels(part)
-        prefixes = {"bbox": "", **{kind: f"{name}_" for kind, name in FURTHER.values()}}
         for kind, own in self._found.items():
             found = once(of_every_process(self.trainer, own), itemgetter("image_id"))
-            whole, classes = average_precision(coco_ground_truth(labels, kind), found, kind, labels.sigmas)
-            for name in ("AP", "AP50", "AP75"):
-                self.log(f"{part}/{prefixes[kind]}{name}", whole[name], prog_bar=name == "AP")
-            for name, value in classes.items():
-                self.log(f"{part}/{prefixes[kind]}AP_{name}", value)
+            for measure, prefix in MEASURED[kind].items():
+                whole, classes = average_precision(coco_ground_truth(labels, measure), found, measure, labels.sigmas)
+                for name in ("AP", "AP50", "AP75"):
+                    self.log(f"{part}/{prefix}{name}", whole[name], prog_bar=name == "AP")
+                for name, value in classes.items():
+                    self.log(f"{part}/{prefix}AP_{name}", value)
 
 
 def _pixels(batch: dict[str, Any]) -> Tensor:

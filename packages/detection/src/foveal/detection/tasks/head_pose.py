@@ -26,6 +26,7 @@ from foveal.detection.head_pose import Heads, angle_errors, heads_of
 from foveal.detection.metrics import average_precision, coco_predictions
 from foveal.detection.models.direct_mhp import DirectMHP, DirectMHPConfig
 from foveal.detection.models.direct_mhp_loss import HeadPoseLoss
+from foveal.detection.tasks.starting import say_start
 
 
 class HeadPoseTask(pl.LightningModule):
@@ -75,14 +76,18 @@ class HeadPoseTask(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.network = DirectMHP(config)
-        if weights is not None:
-            self.left_at_random = start_from(self.network, weights)
+        self.weights = weights
+        self.left_at_random = [] if weights is None else start_from(self.network, weights)
         self.image_size = image_size
         self.loss = HeadPoseLoss(image_size, angles=angles, least=least, wrap_yaw=wrap_yaw)
         self.optimizer_name, self.learning_rate, self.final_share = optimizer, learning_rate, final_share
         self.momentum, self.weight_decay = momentum, weight_decay
         self.warmup_epochs, self.warmup_bias_rate, self.measured_score = warmup_epochs, warmup_bias_rate, measured_score
         self._found: list[tuple[int, Heads]] = []
+
+    def on_fit_start(self) -> None:
+        """Say what was taken over of the weights."""
+        say_start(self.trainer, self.network, self.weights, self.left_at_random)
 
     def setup(self, stage: str) -> None:
         """The loss is for the data's pictures."""

@@ -24,6 +24,7 @@ from foveal.detection.data.segmentation import SegmentationData
 from foveal.detection.models.bevanet import BEVANet, BEVANetConfig
 from foveal.detection.models.bevanet_loss import IGNORED, SceneLoss, at_size
 from foveal.detection.scene_pictures import compare_scenes
+from foveal.detection.tasks.starting import say_start
 
 
 class SegmentationTask(pl.LightningModule):
@@ -66,8 +67,8 @@ class SegmentationTask(pl.LightningModule):
         if not config.auxiliary:
             raise UserError("expected model.config.auxiliary true: training needs the heads of detail and boundary")
         self.network = BEVANet(config)
-        if weights is not None:
-            self.left_at_random = start_from(self.network, weights)
+        self.weights = weights
+        self.left_at_random = [] if weights is None else start_from(self.network, weights)
         self.loss = SceneLoss(threshold, kept, class_weights=class_weights)
         self.optimizer, self.learning_rate, self.momentum = optimizer, learning_rate, momentum
         self.weight_decay, self.power = weight_decay, power
@@ -75,6 +76,10 @@ class SegmentationTask(pl.LightningModule):
             "pairs": MulticlassConfusionMatrix(config.classes, ignore_index=IGNORED),
             "accuracy": MulticlassAccuracy(config.classes, average="micro", ignore_index=IGNORED),
         })  # fmt: skip
+
+    def on_fit_start(self) -> None:
+        """Say what was taken over of the weights."""
+        say_start(self.trainer, self.network, self.weights, self.left_at_random)
 
     def setup(self, stage: str) -> None:
         """The head must have the data's classes, and the loss weights for them."""

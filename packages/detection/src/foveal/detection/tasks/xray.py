@@ -18,7 +18,8 @@ from foveal.core.checkpoint import load_weights, start_from
 from foveal.core.errors import UserError
 from foveal.core.processes import of_every_process, once
 from foveal.detection.data.xray import XRayBatch, XRayData
-from foveal.detection.metrics import average_precision, encoded
+from foveal.detection.masks import encoded
+from foveal.detection.metrics import average_precision
 from foveal.detection.models.sdanet import Detected, SDANet, SDANetConfig, paste
 from foveal.detection.models.sdanet_loss import losses
 
