@@ -191,7 +191,7 @@ def _write_picture(
         with _writing(folder / f"{stem}.json", entry) as temporary:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
     if "yolo" in formats:
-        (folder / "labels").mkdir(exist_ok=True)
+        (folder / "labels").mkdir(parents=True, exist_ok=True)
         with _writing(folder / "labels" / f"{stem}.txt", entry) as temporary:
             temporary.write_text(found.to_yolo(yolo_scores), encoding="utf-8")
 

@@ -330,7 +330,7 @@ def write_scenes(scenes: MadeScenes, folder: str | Path) -> Path:
         UserError: the folder holds something already or cannot be written, or a picture of a bag cannot be read. Nothing is left in it then.
     """
     root = output_folder(folder)
-    if any(root.iterdir()):
+    if root.is_dir() and any(root.iterdir()):
         raise UserError(f"expected an empty folder for the scenes; {root} holds files; name another one")
     try:
         for place, number in enumerate(scenes.numbers):
