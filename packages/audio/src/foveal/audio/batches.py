@@ -97,9 +97,10 @@ def _process_files(
     inputs: list[Path] = []
     for file in files:
         with report.item(file) as missing:
-            inputs = each_once([*inputs, *collect_inputs([file], SUFFIXES, apart_from=folder)])
+            inputs += collect_inputs([file], SUFFIXES, apart_from=folder)
         if missing.state == "done":
             report.entries.remove(missing)
+    inputs = each_once(inputs)
     sources = {path.resolve() for path in inputs}
 
     def targets_of(name: str) -> list[Path]:

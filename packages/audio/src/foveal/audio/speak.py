@@ -364,9 +364,10 @@ def _files_to_say(files: Sequence[Path], output: Path | None, report: BatchRepor
     found: list[Path] = []
     for file in files:
         with report.item(file) as missing:
-            found = each_once([*found, *collect_inputs([file], (".txt",))])
+            found += collect_inputs([file], (".txt",))
         if missing.state == "done":
             report.entries.remove(missing)
+    found = each_once(found)
     if len(files) == 1 and not files[0].is_dir() and output is not None and output.suffix:
         return [(str(path), path, output) for path in found]
     folder = output_folder("spoken" if output is None else output)

@@ -209,10 +209,10 @@ def batch(
     folder = targets_of("")[0].parent
     for file in files:
         with report.item(file) as missing:
-            inputs = each_once([*inputs, *find_recordings(file, apart_from=folder)])
+            inputs += find_recordings(file, apart_from=folder)
         if missing.state == "done":
             report.entries.remove(missing)
-    inputs = without_results(without_twins(inputs), output_names, targets_of, files)
+    inputs = without_results(without_twins(each_once(inputs)), output_names, targets_of, files)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bars:
         for path, stem in zip(inputs, output_names(inputs), strict=True):
