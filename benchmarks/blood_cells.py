@@ -5,8 +5,8 @@ schedule, running mean and number of steps. Both are measured on its 72 test pic
 step; no weights are chosen by a measurement. What differs is the network. `--optimizers ultralytics` trains YOLO11n with ultralytics' own trainer and
 its defaults for as many epochs: its augmentation (mosaic but in the last ten epochs), optimiser, schedule and running mean.
 
-python benchmarks/blood_cells.py [--epochs 14] [--image-size 256] [--seeds 0 1 2] writes benchmarks/results/blood_cells.json after each training,
-and takes up where it was stopped, at most 50 steps before.
+python benchmarks/blood_cells.py [--epochs 14] [--image-size 256] [--seeds 0 1 2] writes benchmarks/results/blood_cells.json (of E other epochs
+blood_cells_E_epochs.json) after each training, and takes up where it was stopped, at most 50 steps before; ultralytics' own trainer begins anew.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from foveal.detection.tasks.detection import DetectionTask
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "detection" / "bccd"
 RESULT = Path(__file__).parent / "results" / "blood_cells.json"
+EPOCHS = 14
 NETWORKS = ("YOLOv13-N", "YOLO11n")
 OPTIMIZERS = ("adamw", "muon", "ultralytics")
 #: Of what Muon leaves to Adam; found with YOLOv13-N and seed 0. AdamW has what ultralytics chooses.
@@ -111,7 +112,7 @@ def train_by_ultralytics(seed: int, epochs: int, image_size: int, folder: Path) 
         as_yolo(read_labels(DATA, part), written / part)
     names = read_labels(DATA, "train").names
     (written / "data.yaml").write_text(yaml.safe_dump({"path": str(written.resolve()), "train": "train", "val": "val", "names": names}))
-    torch.set_num_threads(threads := torch.get_num_threads())
+    threads = torch.get_num_threads()  # which its trainer changes
     start = time.process_time()
     YOLO("yolo11n.yaml").train(
         data=str(written / "data.yaml"), epochs=epochs, imgsz=image_size, batch=4, seed=seed, device="cpu", workers=0, val=False, plots=False,
@@ -151,29 +152,30 @@ def row(name: str, optimizer: str, seed: int, steps: int, seconds: float, networ
 def main() -> None:
     """Train what is missing in the result file."""
     parser = argparse.ArgumentParser(description="YOLOv13-N and YOLO11n, trained with the same budget on blood cells.")
-    parser.add_argument("--epochs", type=int, default=14)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS)
     parser.add_argument("--weight-decay", type=float, default=DECAY, help="but of ultralytics' own trainer")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "blood_cells", help="folder of the checkpoints")
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--output", type=Path)
     asked = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
+    output: Path = asked.output or (RESULT if asked.epochs == EPOCHS else RESULT.with_stem(f"{RESULT.stem}_{asked.epochs}_epochs"))
     budget = {"epochs": asked.epochs, "image_size": asked.image_size, "batch_size": 4}
     for seed, name, optimizer in product(asked.seeds, asked.networks, asked.optimizers):
         if (name, optimizer) == ("YOLOv13-N", "ultralytics"):
             continue  # its trainer is there for its own network
         own = optimizer == "ultralytics"
         decay = DECAY if own else asked.weight_decay
-        if any((*setting(run), run["seed"]) == (name, optimizer, decay, seed) for run in measured(asked.output, budget)):
+        if any((*setting(run), run["seed"]) == (name, optimizer, decay, seed) for run in measured(output, budget)):
             continue
         how = (seed, asked.epochs, asked.image_size, asked.runs)
         found = train_by_ultralytics(*how) if own else train(name, optimizer, *how, decay)
         print(json.dumps(found), flush=True)
-        asked.output.write_text(json.dumps(report([*measured(asked.output, budget), found], budget), indent=1) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(report([*measured(output, budget), found], budget), indent=1) + "\n", encoding="utf-8")
 
 
 def measured(path: Path, budget: dict[str, Any]) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from foveal.core.errors import UserError
-from foveal.core.files import atomic_write, output_folder
+from foveal.core.files import all_or_none, output_folder
 from foveal.core.resumable import ResumableDataLoader
 from foveal.detection.data.pictures import PICTURES, read_picture
 from foveal.detection.data.projection import Crop, Scene, drawn_bag, drawn_crops, project, read_crops
@@ -332,17 +332,11 @@ def write_scenes(scenes: MadeScenes, folder: str | Path) -> Path:
     root = output_folder(folder)
     if root.is_dir() and any(root.iterdir()):
         raise UserError(f"expected an empty folder for the scenes; {root} holds files; name another one")
-    try:
+    with all_or_none(root) as made:  # scenes without labels would only be in the way of the next call
         for place, number in enumerate(scenes.numbers):
             pixels = np.round(scenes.scene(place).passes * 255).astype(np.uint8)
-            with atomic_write(root / f"{number:06d}.png") as temporary:
-                temporary.write_bytes(cv2.imencode(".png", pixels[..., ::-1])[1].tobytes())
-        with atomic_write(root / "annotations.json") as temporary:
-            temporary.write_text(json.dumps(scenes.truth), encoding="utf-8")
-    except BaseException:
-        for written in root.glob("*.*"):  # scenes without labels would only be in the way of the next call
-            written.unlink()
-        raise
+            (made / f"{number:06d}.png").write_bytes(cv2.imencode(".png", pixels[..., ::-1])[1].tobytes())
+        (made / "annotations.json").write_text(json.dumps(scenes.truth), encoding="utf-8")
     return root / "annotations.json"
 
 
